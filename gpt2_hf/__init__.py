@@ -1,0 +1,1 @@
+"""Pretrain GPT-2 in the Hugging Face ecosystem."""

@@ -1,0 +1,150 @@
+"""Checkpoints that are whole or absent.
+
+    RUN/checkpoints/step-00001000/      a stock gpt2 folder: config.json, model.safetensors, tokenizer, ...
+                      trainer_state/    what only a resumed run needs: optimizer.pt, state.json
+                      manifest.json     name, size and sha256 of every file above
+
+A folder is written beside its place under a temporary name, flushed to the disk, and renamed: whatever happens,
+a folder with its final name is complete. Its manifest tells a file that was damaged later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state"
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Make ``folder`` with the files that ``write(temporary_folder)`` puts there, all of it or nothing.
+
+    An older folder of that name is replaced. An error in ``write`` leaves no trace.
+    """
+    temporary = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        entries = {
+            path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in files
+        }
+        manifest = temporary / MANIFEST
+        manifest.write_text(json.dumps(entries, indent=1))
+        for path in (*files, manifest, *(p for p in temporary.rglob("*") if p.is_dir()), temporary):
+            _flush(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+        _flush(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder made by ``write_folder``, or None when every file is as it was written."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        if _sha256(path) != entry["sha256"]:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def saved_steps(root: Path) -> dict[int, Path]:
+    """Step -> folder of the checkpoints under ``root``, in order, whole or not."""
+    found = {int(m[1]): path for path in root.glob("step-*") if (m := _STEP_FOLDER.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def newest_whole(root: Path, warn: Callable[[str], None] = print) -> Path | None:
+    """The newest undamaged checkpoint under ``root``; damaged ones are named to ``warn`` and passed over."""
+    for path in reversed(saved_steps(root).values()):
+        if (problem := damage(path)) is None:
+            return path
+        warn(f"checkpoint {path} is damaged and not used: {problem}")
+    return None
+
+
+def prune(root: Path, keep_last: int, keep_every: int) -> None:
+    """Delete all but the newest ``keep_last`` checkpoints and those at multiples of ``keep_every`` (0: none)."""
+    steps = list(saved_steps(root).items())
+    for step, path in steps[: max(0, len(steps) - keep_last)]:
+        if not keep_every or step % keep_every:
+            # Renamed first: a kill in the middle of the deletion must not leave a folder that looks like a checkpoint.
+            doomed = path.with_name(f".{path.name}.deleting")
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
+    for left_over in root.glob(".step-*.deleting"):
+        shutil.rmtree(left_over, ignore_errors=True)
+
+
+def trainer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    """The optimizers' state by parameter name, whole and on the CPU, so that any number of processes can read it.
+
+    Every rank must call it (sharded state is gathered); the others than rank 0 may drop the result.
+    """
+    return get_optimizer_state_dict(model, optimizers, options=_WHOLE)
+
+
+def load_trainer_state(folder: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
+    """Put a checkpoint's optimizer state back and return its ``state.json``."""
+    path = folder / TRAINER_STATE
+    state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    set_optimizer_state_dict(model, optimizers, state, options=_WHOLE)
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / TRAINER_STATE / "state.json").read_text())
+
+
+def write_trainer_state(folder: Path, optimizer_state: dict[str, Any], state: dict[str, Any]) -> None:
+    path = folder / TRAINER_STATE
+    path.mkdir()
+    torch.save(optimizer_state, path / "optimizer.pt")
+    (path / "state.json").write_text(json.dumps(state, indent=1))
+
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    # Folders too: a rename is on the disk only when its folder is.
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,295 @@
+"""The order of training: which tokens the model sees, and when.
+
+The order is a pure function of (data, seed, epoch, index). Nothing is remembered between calls, so a run can be
+stopped, resumed, or moved to another number of processes, and every step still sees the tokens it would have seen.
+
+An epoch is one long stream of tokens, and the model reads windows of it. With T = seq_len:
+
+    shards      the files of the split in a new order each epoch      [ 3 | 0 | 2 | 1 ]
+    documents   inside a shard, also in a new order each epoch        [ d7 d2 d9 ... | d1 d5 ... | ... ]
+    windows     window k is the tokens kT ... kT + T of that stream   |--0--|--1--|--2--| ...
+    groups      about 8 neighbouring shards; the windows that start
+                in one group are shuffled together                    7 2 9 0 4 ... | 31 12 25 ...
+
+Window k holds T + 1 tokens because the model predicts tokens 1 ... T from tokens 0 ... T - 1; its last token is the
+first of window k + 1. So each token of the stream is a target once an epoch, except the very first, and at most T - 1
+at the very end. A window may run over the end of a document, a shard or a group; it simply reads on.
+
+Why groups: neighbouring windows come from one shard, and files tend to differ (crawl date, source). Shuffling inside
+one shard leaves that order visible in the loss; shuffling across 8 hides it, and only 8 shards' document tables are
+in memory. A file of more than 100M tokens counts as several shards, cut between documents, which bounds the tables.
+
+Global sample g, counted from the start of the run, is window g % n_windows of epoch g // n_windows. Step s takes
+samples sG ... (s + 1)G - 1 for a global batch of G, across the end of an epoch if need be, and each rank takes its own
+slice of those: no sample depends on how many ranks there are.
+"""
+
+import queue
+import threading
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Self
+
+import numpy as np
+import torch
+
+from .shards import Shard, ShardError, ShardSet
+
+# What a permutation is for. The numbers are part of the order: never change them.
+SHARDS, DOCUMENTS, WINDOWS = 0, 1, 2
+
+
+def permutation(n: int, seed: int, epoch: int, purpose: int, which: int) -> np.ndarray:
+    """The numbers 0 ... n - 1 in an order fixed for ever by the other arguments; (n,) int64.
+
+    NumPy freezes the bits of Philox but not `Generator.permutation`, hence the sort. Each argument is a word of
+    Philox's key or counter, so no two permutations share bits.
+    """
+    key = np.array([seed, epoch], dtype=np.uint64)
+    counter = np.array([0, 0, purpose, which], dtype=np.uint64)
+    return np.argsort(np.random.Philox(key=key, counter=counter).random_raw(n), kind="stable")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A run of documents of one file: all of it, or a share of a large one."""
+
+    shard: Shard
+    documents: slice
+    n_tokens: int
+
+
+def _cut(shard: Shard, max_tokens: int) -> list[_Part]:
+    """The file as parts of about max_tokens at most, cut at the first document end past each even share."""
+    n_parts = -(-shard.n_tokens // max_tokens)
+    if n_parts <= 1:
+        return [_Part(shard, slice(0, shard.n_documents), shard.n_tokens)] if shard.n_tokens else []
+    ends = shard.document_ends()
+    shares = [shard.n_tokens * i // n_parts for i in range(1, n_parts)]
+    cuts = sorted({0, *(np.searchsorted(ends, shares) + 1).tolist(), shard.n_documents})
+    tokens = [0, *(int(ends[cut - 1]) for cut in cuts[1:])]
+    return [_Part(shard, slice(a, b), y - x) for (a, b), (x, y) in zip(pairwise(cuts), pairwise(tokens), strict=True)]
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """A part's documents in an epoch's order, as one run of tokens."""
+
+    tokens: np.ndarray  # the whole file
+    ends: np.ndarray  # (documents,) where each ends in the run
+    shifts: np.ndarray  # (documents,) from a position in the run to its position in the file
+
+    def read(self, position: int, out: np.ndarray) -> int:
+        """Copy tokens from `position` on into `out`, until it is full or the run ends; returns how many."""
+        filled = 0
+        document = int(self.ends.searchsorted(position, side="right"))
+        while filled < len(out) and document < len(self.ends):
+            n = min(len(out) - filled, int(self.ends[document]) - position)
+            source = position + int(self.shifts[document])
+            out[filled : filled + n] = self.tokens[source : source + n]
+            filled, position, document = filled + n, position + n, document + 1
+        return filled
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """Where an epoch's parts and groups begin."""
+
+    parts: list[int]  # in this epoch's order
+    starts: list[int]  # token at which each of `parts` starts
+    windows: list[int]  # first window of each group, and n_windows at the end
+
+
+class TokenStream:
+    """Random access to the windows of a split, in the order of training (see the top of this file).
+
+    `shuffle=False` keeps documents and windows as they are stored, for validation. Objects share nothing: use one a
+    thread. Raises ShardError when the split is too short for one window.
+    """
+
+    max_part_tokens = 100_000_000  # both are part of the order: a run must resume with the values it began with
+    group_size = 8
+
+    def __init__(self, shards: ShardSet, seq_len: int, seed: int, shuffle: bool = True):
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed is {seed}: choose one from 0 to 2**64 - 1")
+        if seq_len < 1:
+            raise ValueError(f"seq_len is {seq_len}: choose at least 1")
+        self.seq_len, self.seed, self.shuffle = seq_len, seed, shuffle
+        self.n_windows = (shards.n_tokens - 1) // seq_len
+        if self.n_windows < 1:
+            raise ShardError(
+                f"split '{shards.split}' has {shards.n_tokens:,} tokens, one window needs seq_len + 1 = "
+                f"{seq_len + 1:,}: prepare more data or lower seq_len"
+            )
+        self._parts = [part for shard in shards.shards for part in _cut(shard, self.max_part_tokens)]
+        n_parts = len(self._parts)
+        n_groups = max(1, (n_parts + self.group_size // 2) // self.group_size)
+        self._groups = list(pairwise(n_parts * i // n_groups for i in range(n_groups + 1)))
+
+        # Whole groups stay in memory, and the first part of the next, into which a group's last window may read.
+        largest = max(stop - start for start, stop in self._groups)
+        self._epoch = lru_cache(maxsize=2)(self._lay_out)
+        self._documents = lru_cache(maxsize=largest + 1)(self._order_documents)
+        self._windows = lru_cache(maxsize=2)(self._order_windows)
+
+    def window(self, epoch: int, index: int) -> np.ndarray:
+        """Window `index` of an epoch, both from 0; (T + 1,) uint16."""
+        if epoch < 0 or not 0 <= index < self.n_windows:
+            raise IndexError(f"no window {index} in epoch {epoch}: an epoch has windows 0 to {self.n_windows - 1}")
+        out = np.empty(self.seq_len + 1, dtype=np.uint16)
+        self._read_window(epoch, index, out)
+        return out
+
+    def sample(self, g: int) -> np.ndarray:
+        """Sample `g` of the run, from 0; (T + 1,) uint16."""
+        return self.window(*divmod(g, self.n_windows))
+
+    def batch(self, start_sample: int, n: int) -> np.ndarray:
+        """Samples start_sample ... start_sample + n - 1 of the run; (n, T + 1) uint16."""
+        if start_sample < 0:
+            raise IndexError(f"no sample {start_sample}: samples are counted from 0")
+        out = np.empty((n, self.seq_len + 1), dtype=np.uint16)
+        for row in range(n):
+            self._read_window(*divmod(start_sample + row, self.n_windows), out[row])
+        return out
+
+    def _read_window(self, epoch: int, index: int, out: np.ndarray) -> None:
+        layout = self._epoch(epoch)
+        group = bisect_right(layout.windows, index) - 1
+        first = layout.windows[group]
+        position = (first + int(self._windows(epoch, group)[index - first])) * self.seq_len
+        part = bisect_right(layout.starts, position) - 1
+        position -= layout.starts[part]
+        filled = self._documents(epoch, layout.parts[part]).read(position, out)
+        while filled < len(out):
+            part += 1
+            filled += self._documents(epoch, layout.parts[part]).read(0, out[filled:])
+
+    def _permutation(self, n: int, epoch: int, purpose: int, which: int) -> np.ndarray:
+        return permutation(n, self.seed, epoch, purpose, which) if self.shuffle else np.arange(n)
+
+    def _lay_out(self, epoch: int) -> _Epoch:
+        parts = self._permutation(len(self._parts), epoch, SHARDS, 0).tolist()
+        starts = [0, *np.cumsum([self._parts[part].n_tokens for part in parts]).tolist()]
+        # The first window of a group is the first that starts at or after the group's first token.
+        windows = [min(-(-starts[first] // self.seq_len), self.n_windows) for first, _ in self._groups]
+        return _Epoch(parts, starts[:-1], [*windows, self.n_windows])
+
+    def _order_windows(self, epoch: int, group: int) -> np.ndarray:
+        first, stop = self._epoch(epoch).windows[group : group + 2]
+        return self._permutation(stop - first, epoch, WINDOWS, group)
+
+    def _order_documents(self, epoch: int, part: int) -> _Documents:
+        shard, documents = self._parts[part].shard, self._parts[part].documents
+        ends = shard.document_ends()[documents]
+        start = int(shard.document_ends()[documents.start - 1]) if documents.start else 0
+        lengths = np.diff(ends, prepend=start)
+        if (lengths <= 0).any():
+            raise ShardError(f"{shard.path}: the document ends in its index do not increase: prepare the data again")
+        order = self._permutation(len(ends), epoch, DOCUMENTS, part)
+        new_ends = np.cumsum(lengths[order])
+        return _Documents(shard.tokens(), new_ends, ends[order] - new_ends)
+
+
+class StepLoader(Iterator[torch.Tensor]):
+    """The batches of one rank for the steps start_step ... stop_step - 1, read ahead by a thread.
+
+    Each item is one step: (grad_accum_steps, B, T + 1) int64, where B is micro_batch_size: the rank's contiguous slice
+    of the step's samples. Batch sizes and data_offset are in samples; data_offset shifts every step (it grows when a
+    run steps back over a loss spike and goes on with other data). pin_memory needs CUDA and pins for fast copies.
+
+    An error in the thread is raised by the next step asked for. Use it as a context manager, or call close():
+
+        with StepLoader(stream, 0, 1000, global_batch_size=512, micro_batch_size=64) as steps:
+            for batch in steps: ...
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        start_step: int,
+        stop_step: int,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        data_offset: int = 0,
+        pin_memory: bool = False,
+        prefetch: int = 4,
+    ):
+        if min(global_batch_size, micro_batch_size, world_size, prefetch) < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"global_batch_size {global_batch_size}, micro_batch_size {micro_batch_size}, prefetch {prefetch}, "
+                f"rank {rank} of {world_size}: sizes start at 1, ranks at 0"
+            )
+        if global_batch_size % (micro_batch_size * world_size):
+            raise ValueError(
+                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
+                f"world_size {world_size} = {micro_batch_size * world_size}: change one of them"
+            )
+        rank_batch_size = global_batch_size // world_size
+        device = torch.cuda.current_device() if pin_memory else None
+
+        def read(step: int) -> torch.Tensor:
+            first = data_offset + step * global_batch_size + rank * rank_batch_size
+            batch = torch.from_numpy(stream.batch(first, rank_batch_size).astype(np.int64))
+            batch = batch.view(-1, micro_batch_size, stream.seq_len + 1)
+            if device is None:
+                return batch
+            with torch.cuda.device(device):  # CUDA's current device is per thread: else every rank would use GPU 0
+                return batch.pin_memory()
+
+        self._todo = stop_step - start_step
+        self._ready: queue.Queue[torch.Tensor | BaseException] = queue.Queue(maxsize=prefetch)
+        stop = threading.Event()
+
+        # The thread must not hold `self`: then a forgotten loader is collected, and its thread with it.
+        def read_ahead(ready: queue.Queue[torch.Tensor | BaseException] = self._ready) -> None:
+            try:
+                for step in range(start_step, stop_step):
+                    batch = read(step)
+                    if stop.is_set():
+                        return
+                    ready.put(batch)
+            except BaseException as error:
+                ready.put(error)
+
+        thread = threading.Thread(target=read_ahead, name="StepLoader", daemon=True)
+        self._close = weakref.finalize(self, _stop_thread, thread, stop, self._ready)  # also runs at interpreter exit
+        thread.start()
+
+    def __next__(self) -> torch.Tensor:
+        if self._todo <= 0 or not self._close.alive:
+            self.close()
+            raise StopIteration
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        self._todo -= 1
+        return item
+
+    def close(self) -> None:
+        """End the thread; harmless when repeated."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+def _stop_thread(thread: threading.Thread, stop: threading.Event, ready: queue.Queue) -> None:
+    stop.set()
+    while thread.is_alive() and thread is not threading.current_thread():
+        with ready.mutex:  # make room, so that a thread waiting to put sees `stop`
+            ready.queue.clear()
+            ready.not_full.notify_all()
+        thread.join(timeout=0.01)

@@ -1,0 +1,100 @@
+"""The GPT-2 tokenizer, shipped with the package: transformers' for people, tiktoken's for bulk encoding.
+
+Both are read from the same files in `gpt2_hf/assets/tokenizer`, need no network, and give the same ids.
+"""
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import tiktoken
+    from transformers import PreTrainedTokenizerBase
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+EOT = 50256  # <|endoftext|>: ends every document in our shards
+VOCAB_SIZE = 50257
+
+# GPT-2's published pre-tokenizer, with possessive quantifiers where backtracking cannot change the match.
+_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# Unicode White_Space, which the pattern's \s means; Python's own \s has four control characters more.
+_LONG_SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{4096,}")
+
+
+def load_tokenizer() -> "PreTrainedTokenizerBase":
+    """The shipped tokenizer as transformers' `GPT2Tokenizer`, equal to the hub's `openai-community/gpt2`."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ASSETS / "tokenizer", local_files_only=True)
+
+
+@functools.cache
+def _token_bytes() -> tuple[bytes, ...]:
+    """The bytes of every token by id, (VOCAB_SIZE,); `<|endoftext|>` stands for none."""
+    # GPT-2 writes a byte as the character of the same number where that prints, else as one from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(printable)))}
+    vocab = json.loads((ASSETS / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    in_order = sorted(vocab, key=vocab.__getitem__)
+    return (*(bytes(byte_of[char] for char in token) for token in in_order[:EOT]), b"")
+
+
+@functools.cache
+def bulk_encoder() -> "tiktoken.Encoding":
+    """A `tiktoken.Encoding` with the ids of `load_tokenizer()`. Prefer `encode_document`, which survives any text."""
+    import tiktoken
+
+    # A GPT-2 id is also the rank of the merge that made the token.
+    ranks = {token: rank for rank, token in enumerate(_token_bytes()[:EOT])}
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": EOT},
+        explicit_n_vocab=VOCAB_SIZE,
+    )
+
+
+def encode_document(text: str) -> np.ndarray:
+    """Tokens of one document, ended by EOT: uint16 (n_tokens + 1,).
+
+    A literal "<|endoftext|>" in the text is encoded as ordinary text; lone surrogates become U+FFFD.
+    """
+    encoder = bulk_encoder()
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    pieces = [
+        encoder.encode_to_numpy(piece, allowed_special=set(), disallowed_special=()) for piece in _safe_pieces(text)
+    ]
+    return np.concatenate([*pieces, [EOT]]).astype(np.uint16)
+
+
+def _safe_pieces(text: str) -> list[str]:
+    """Cut out very long runs of whitespace, on which tiktoken's regex overflows its stack; the ids stay the same.
+
+    The pattern never joins a run to what stands before it, and joins only its last character to what follows.
+    """
+    pieces, start = [], 0
+    for run in _LONG_SPACE.finditer(text):
+        end = run.end() if run.end() == len(text) else run.end() - 1
+        pieces += [text[start : run.start()], text[run.start() : end]]
+        start = end
+    return [*pieces, text[start:]]
+
+
+@functools.cache
+def token_byte_lengths() -> np.ndarray:
+    """UTF-8 bytes that each token stands for, int64 (VOCAB_SIZE,), 0 for EOT: turns nats per token into bits per byte.
+
+    Their sum over the tokens of a text is the text's length in bytes.
+    """
+    lengths = np.array([len(token) for token in _token_bytes()], dtype=np.int64)
+    lengths.flags.writeable = False  # one cached array for everyone
+    return lengths

@@ -1,0 +1,135 @@
+"""What this machine has: precision, peak FLOP/s, attention backends, compiler, allocator."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+# Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets. First match by name wins.
+_PEAK_BF16 = (
+    ("B200", 2250e12),
+    ("GB200", 2250e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+    ("A10G", 70e12),
+    ("RTX 5090", 210e12),
+    ("RTX 4090", 165e12),
+    ("RTX 3090", 71e12),
+    ("T4", 65e12),
+)
+
+
+def default_precision(device: torch.device) -> str:
+    """The fastest precision that trains well here: bf16 where the device computes in it, else fp16 or fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu":
+        return "bf16" if _cpu_has_bf16() else "fp32"
+    return "fp32"
+
+
+def _cpu_has_bf16() -> bool:
+    # Without these instructions bf16 products are emulated, and several times slower than fp32.
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """FLOP/s to measure utilisation against, and where the figure comes from.
+
+    Known GPUs have their data sheet's dense bf16 peak (fp32 without TF32 is not told apart: MFU is against bf16).
+    Anything else is measured with a matrix product, so there MFU is a share of what the machine really does.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, peak in _PEAK_BF16:
+            if key in name:
+                return peak, f"{name}, data sheet bf16"
+    return _measure_gemm(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matrix product"
+
+
+def _measure_gemm(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        product = a @ a
+        product[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def choose_attention(requested: str, device: torch.device, precision: str) -> tuple[str, str]:
+    """The attention backend to use, and why: ``(name, reason)``.
+
+    "auto" takes the newest installed FlashAttention on CUDA in half precision, else PyTorch's own fused attention.
+    """
+    if requested != "auto":
+        return requested, "asked for"
+    if device.type != "cuda" or precision not in ("bf16", "fp16"):
+        return "sdpa", f"PyTorch's fused attention, on {device.type} in {precision}"
+    import transformers.utils as hf
+
+    for version in (4, 3, 2):
+        available = getattr(hf, f"is_flash_attn_{version}_available", None)
+        if available is not None and available():
+            return f"flash_attention_{version}", "the newest FlashAttention installed"
+    return "sdpa", "PyTorch's fused attention; `pip install gpt2_hf[flash]` would add FlashAttention"
+
+
+def compile_obstacle(device: torch.device) -> str | None:
+    """Why torch.compile cannot work here, or None when it can."""
+    if device.type == "mps":
+        return "torch.compile is not mature on MPS"
+    if device.type == "cpu":
+        from torch._inductor import config, exc
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except exc.InvalidCxxCompiler:
+            return f"no C++ compiler found (looked for {', '.join(str(c) for c in config.cpp.cxx if c)})"
+        return None
+    if shutil.which("gcc") is None and shutil.which("cc") is None and shutil.which("clang") is None:
+        return "no C compiler found, which Triton needs"
+    return None
+
+
+def reuse_freed_memory() -> None:
+    """Make glibc reuse freed memory instead of returning it to the system after every step.
+
+    Tensors of some megabytes are otherwise mapped and unmapped, page by page, each time: without it CPU training is
+    about a quarter slower. No effect on other C libraries.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    libc.mallopt(m_mmap_max, 0)
+    libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for logs and records."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{name} ({device.type})"

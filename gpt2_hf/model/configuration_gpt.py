@@ -1,0 +1,69 @@
+"""GPTConfig: the hub's GPT-2 configuration, strict about spelling, with the four published sizes."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from transformers import GPT2Config
+
+# OpenAI's four sizes (Radford et al. 2019, table 2); "gpt2" is the 124M model.
+PRESETS = {
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+}
+ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh", "relu")
+
+# Names that transformers itself passes to a configuration beside the declared fields.
+_LIBRARY_NAMES = {"attn_implementation", "experts_implementation", "model_type", "torch_dtype", "transformers_version"}
+
+
+class GPTConfig(GPT2Config):
+    """GPT-2's fields under GPT-2's names; what it writes is a plain ``gpt2`` configuration.
+
+    Differs from ``GPT2Config`` in two ways. A misspelt field raises (``GPTConfig(n_layers=4)`` would otherwise train
+    the wrong model without a word), and the saved ``config.json`` names the stock architecture, so every tool that
+    reads GPT-2 reads our folders.
+
+    Raises:
+        TypeError: for a field that GPT-2 does not have.
+        ValueError: for values that no GPT-2 can have, or features that this implementation leaves out.
+    """
+
+    def __init__(self, *, _tolerant: bool = False, **kwargs: Any):
+        # Hub files carry fields of their own time (n_ctx, task_specific_params): only from_dict may pass those.
+        if not _tolerant:
+            known = {f.name for f in fields(GPT2Config)} | set(self.attribute_map) | _LIBRARY_NAMES
+            for name in kwargs:
+                if name not in known and not name.startswith("_"):
+                    close = difflib.get_close_matches(name, known, 1)
+                    hint = f"; did you mean {close[0]!r}?" if close else ""
+                    raise TypeError(f"GPTConfig has no field {name!r}{hint}")
+        super().__init__(**kwargs)
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.activation_function not in ACTIVATIONS:
+            raise ValueError(f"activation_function {self.activation_function!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.add_cross_attention:
+            raise ValueError("add_cross_attention=True is not supported: this is a decoder without an encoder")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> GPTConfig:
+        """The configuration of a published size: "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl"."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        return super().from_dict({**config_dict, "_tolerant": True}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output.pop("_tolerant", None)
+        # Written here and not in save_pretrained, which push_to_hub bypasses.
+        output["architectures"] = ["GPT2LMHeadModel"]
+        return output

@@ -1,0 +1,289 @@
+"""GPT-2 in the hub's own layout: ``state_dict()`` of GPTForCausalLM is the checkpoint, key for key.
+
+Shapes in comments: B batch, T positions (query), S positions (key), C channels, H heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_gpt import GPTConfig
+from .loss import linear_cross_entropy
+
+# Backends that are causal by themselves when no mask is given. The others need the mask as a tensor or block mask.
+_CAUSAL_WITHOUT_MASK = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+def eager_attention(
+    module: GPTAttention,
+    query: Tensor,  # (B, H, T, D)
+    key: Tensor,  # (B, H, S, D)
+    value: Tensor,  # (B, H, S, D)
+    attention_mask: Tensor | None,  # (B, 1, T, S), added to the scores
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out (Vaswani et al. 2017, eq. 1); the backend that can return its weights."""
+    if module.upcast:
+        query, key = query.float(), key.float()
+    with torch.autocast(query.device.type, enabled=False) if module.upcast else nullcontext():
+        scores = query @ key.transpose(-1, -2) * scaling  # (B, H, T, S)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1).to(value.dtype)
+    weights = nn.functional.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights  # (B, T, H, D)
+
+
+class GPTAttention(nn.Module):
+    """Causal self-attention, computed by whichever backend ``config._attn_implementation`` names."""
+
+    is_causal = True
+
+    def __init__(self, config: GPTConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scaling /= layer_idx + 1
+        self.upcast = config.reorder_and_upcast_attn
+        self.dropout = config.attn_pdrop
+        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(
+        self, x: Tensor, attention_mask: Any = None, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = (*x.shape[:-1], -1, self.head_dim)  # (B, T, H, D)
+        query, key, value = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.dropout if self.training else 0.0
+        y, weights = attend(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+        )  # y: (B, T, H, D)
+        return self.resid_dropout(self.c_proj(y.reshape(x.shape))), weights
+
+
+class GPTMLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        n_inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = Conv1D(n_inner, config.n_embd)
+        self.act = ACT2FN[config.activation_function]
+        self.c_proj = Conv1D(config.n_embd, n_inner)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+
+
+class GPTBlock(GradientCheckpointingLayer):
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig, layer_idx: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = GPTAttention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = GPTMLP(config)
+
+    def forward(
+        self, x: Tensor, attention_mask: Any = None, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), attention_mask, past_key_values, **kwargs)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPTPreTrainedModel(PreTrainedModel):
+    config_class = GPTConfig
+    config: GPTConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("GPTBlock",)
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012 - transformers reads it as a plain dict
+        "hidden_states": GPTBlock,
+        "attentions": OutputRecorder(GPTAttention, index=1),
+    }
+    # Causal masks that old hub files carry as buffers; the mask is computed here.
+    _keys_to_ignore_on_load_unexpected = (r"attn\.bias$", r"attn\.masked_bias$")
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        if not isinstance(config, GPTConfig):  # a stock GPT2Config, from AutoConfig for example
+            implementation = config._attn_implementation_internal
+            config = GPTConfig.from_dict(config.to_dict())
+            config._attn_implementation_internal = implementation
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """GPT-2's initialisation (Radford et al. 2019, section 2.3, and OpenAI's released code), all in one place."""
+        std = self.config.initializer_range
+        if isinstance(module, Conv1D):
+            init.normal_(module.weight, std=std)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding | nn.Linear):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, GPTAttention | GPTMLP):
+            # 2 * n_layer projections add to the residual stream: shrink each so that its variance does not grow.
+            init.normal_(module.c_proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
+        elif isinstance(module, GPTModel):
+            init.normal_(module.wpe.weight, std=std / 2)
+
+
+class GPTModel(GPTPreTrainedModel):
+    """The decoder without its head: token ids (B, T) to hidden states (B, T, C)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        config = self.config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([GPTBlock(config, i) for i in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.wte = value
+
+    @can_return_tuple
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,  # (B, T)
+        attention_mask: Any = None,  # (B, S), 1 for tokens and 0 for padding; or ready for the backend
+        position_ids: Tensor | None = None,  # (B, T) or (1, T)
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,  # (B, T, C), instead of input_ids
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        # A mask is a (T, S) tensor that turns off the fast kernels: build one only when something must be hidden
+        # beside the future, or when the backend cannot hide the future by itself.
+        plain = attention_mask is None and position_ids is None and past_key_values is None
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
+        mask = None
+        if not (plain and self.config._attn_implementation in _CAUSAL_WITHOUT_MASK):
+            mask = create_causal_mask(self.config, x, attention_mask, past_key_values, position_ids=position_ids)
+
+        x = self.drop(x + self.wpe(position_ids))
+        for block in self.h:
+            x = block(x, mask, past_key_values=past_key_values, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(x), past_key_values=past_key_values if use_cache else None
+        )
+
+
+class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
+    """GPT-2 with its language-modelling head: reads and writes stock ``gpt2`` checkpoints."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012 - read as a plain dict
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.transformer = GPTModel(self.config)
+        self.lm_head = nn.Linear(self.config.n_embd, self.config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        reduction: str = "mean",
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, V), and a loss when labels are given.
+
+        Args:
+            labels: (B, T), usually a copy of ``input_ids``; position t is scored against label t+1, -100 is ignored.
+                Loss and logits come out as from stock GPT-2.
+            shift_labels: (B, T), label t already being the token after input t; -100 is ignored. The training path:
+                the logits are never built (``logits`` is None), the loss comes from ``linear_cross_entropy``.
+            num_items_in_batch: divide the summed loss by this instead of by the number of labels here, so that
+                gradients of several micro-batches add up to the gradient of their mean.
+            reduction: with ``shift_labels``: "mean", "sum" or "none" (loss of shape (B, T), 0 where ignored).
+            logits_to_keep: only the last so many positions (0: all), or these positions, get logits.
+        """
+        if shift_labels is not None:
+            use_cache = False
+        out = self.transformer(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = out.last_hidden_state  # (B, T, C)
+        loss = logits = None
+        if shift_labels is not None:
+            loss = linear_cross_entropy(hidden, self.lm_head.weight, shift_labels, num_items_in_batch, reduction)
+        else:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, keep])
+            if labels is not None:
+                vocab_size = logits.shape[-1]
+                loss = self.loss_function(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            attentions=out.attentions,
+        )

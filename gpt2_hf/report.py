@@ -1,0 +1,266 @@
+"""Curves of a run as a picture: loss, HellaSwag and learning rate against tokens seen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from .metrics import read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Validation loss of OpenAI's weights, by preset and corpus: the same weights differ by 0.13 between the two corpora.
+VAL_LOSS_MARKS = {
+    "gpt2": {"fineweb": 3.4250, "fineweb_edu": 3.2924},
+    "gpt2-medium": {"fineweb": 3.0831},
+    "gpt2-large": {"fineweb": 3.0006},
+    "gpt2-xl": {"fineweb": 2.8313},
+}
+# HellaSwag accuracy the lecture's way (mean loss per token), all 10,042 items; GPT-3's is from its paper.
+HELLASWAG_MARKS = {
+    "gpt2": {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337},
+    "gpt2-medium": {"GPT-2 355M": 0.3752},
+    "gpt2-large": {"GPT-2 774M": 0.4320},
+    "gpt2-xl": {"GPT-2 1.5B": 0.4893},
+}
+HELLASWAG_ITEMS = 10_042
+SIZES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1.5B"}
+
+COLORS = ("#2563a8", "#c4541a", "#3f8f4f", "#8b4fa3", "#b08a1e", "#4a9aa5", "#a03a52", "#5f6670")
+VALIDATION_COLOR = COLORS[1]
+MARK_COLOR = "#555555"
+
+
+class ReportError(ValueError):
+    """There is nothing to draw; the message is one line that says what is missing."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the picture needs of a run."""
+
+    name: str
+    rows: list[dict[str, Any]]
+    preset: str | None  # None when the model's shape is not one of OpenAI's
+    corpus: str | None  # "fineweb" or "fineweb_edu", None for other data
+
+    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens seen and values of one measurement, by tokens; where steps were made twice, the later row counts."""
+        points = {
+            row["tokens_seen"]: row[key] for row in self.rows if row.get(key) is not None and "tokens_seen" in row
+        }
+        tokens = sorted(points)
+        return np.array(tokens, dtype=float), np.array([points[token] for token in tokens], dtype=float)
+
+
+def read_run(run_dir: str | Path) -> Run:
+    """Read RUN/metrics.jsonl and, where there is one, RUN/config.yaml. Raises ReportError when there are no rows."""
+    folder = Path(run_dir)
+    rows = read_rows(folder / "metrics.jsonl")
+    if not any("tokens_seen" in row for row in rows):
+        raise ReportError(f"no rows in {folder / 'metrics.jsonl'}: give the folder of a run that has trained a step")
+    config = folder / "config.yaml"
+    settings = (yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None) or {}
+    model, data = settings.get("model") or {}, settings.get("data") or {}
+    shape = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    is_preset = all(model.get(name) is None for name in shape)
+    path = str(data.get("path", "")).lower().replace("-", "_")
+    return Run(
+        name=folder.resolve().name,
+        rows=rows,
+        preset=model.get("preset") if is_preset else None,
+        corpus="fineweb_edu" if "fineweb_edu" in path else "fineweb" if "fineweb" in path else None,
+    )
+
+
+def plot_curves(run_dir: str | Path) -> Path:
+    """Draw RUN/curves.png from RUN/metrics.jsonl; returns its path. A running or killed run is fine too.
+
+    Raises ReportError when the run has no rows, ImportError without matplotlib.
+    """
+    return plot_runs([run_dir], Path(run_dir) / "curves.png")
+
+
+def plot_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
+    """Draw one or several runs over each other into the PNG file `out`; returns its path. Raises as `plot_curves`."""
+    figure = build_figure([read_run(run_dir) for run_dir in run_dirs])
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", dpi=130)
+    return path
+
+
+def build_figure(runs: Sequence[Run]) -> Figure:
+    """The picture as a matplotlib Figure, a panel for each kind of measurement that any of the runs has."""
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no global state, no window system
+    except ImportError:
+        raise ImportError("drawing curves needs matplotlib: pip install gpt2_hf[report]") from None
+
+    panels = [
+        (draw, height)
+        for draw, height, keys in (
+            (_draw_loss, 3.6, ("train_loss", "val_loss")),
+            (_draw_hellaswag, 2.9, ("hellaswag_lecture_acc", "hellaswag_acc_norm")),
+            (_draw_lr, 1.6, ("lr",)),
+        )
+        if any(len(run.series(key)[0]) for run in runs for key in keys)
+    ]
+    if not panels:
+        raise ReportError(f"nothing to draw in {', '.join(run.name for run in runs)}: no loss, HellaSwag or lr rows")
+    heights = [height for _, height in panels]
+    figure = Figure(figsize=(9, sum(heights) + 0.7 * len(panels)), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.12, hspace=0.04)
+    figure.suptitle(_title(runs), fontsize=13, fontweight="bold")
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    furthest = max(row["tokens_seen"] for run in runs for row in run.rows if "tokens_seen" in row)
+    for axis, (draw, _) in zip(axes, panels, strict=True):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=9)
+        draw(axis, runs)
+        _legend(axis)
+    axes[0].set_xlim(0, 1.02 * furthest or 1)
+    axes[0].xaxis.set_major_formatter(lambda tokens, _: format_tokens(tokens))
+    axes[-1].set_xlabel("tokens seen")
+    return figure
+
+
+def format_tokens(tokens: float) -> str:
+    """1500000 -> "1.5M"."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(tokens) >= size:
+            return f"{tokens / size:.4g}{unit}"
+    return f"{tokens:.4g}"
+
+
+def _title(runs: Sequence[Run]) -> str:
+    if len(runs) > 1:
+        return f"{len(runs)} runs"
+    (run,) = runs
+    tokens = max(row["tokens_seen"] for row in run.rows if "tokens_seen" in row)
+    size = f"GPT-2 {SIZES[run.preset]}, " if run.preset in SIZES else ""
+    return f"{run.name}: {size}{format_tokens(float(f'{tokens:.3g}'))} tokens"
+
+
+def _draw_loss(axis: Axes, runs: Sequence[Run]) -> None:
+    seen, n_broken = [], 0
+    for run, color in zip(runs, _cycle(runs), strict=True):
+        tokens, loss = run.series("train_loss")
+        n_broken += int((~np.isfinite(loss)).sum())
+        smooth = _smooth(loss)
+        alone = len(runs) == 1
+        if len(tokens):
+            axis.plot(tokens, loss, color=color, alpha=0.22, linewidth=0.8, **_points(tokens))
+            axis.plot(tokens, smooth, color=color, linewidth=1.4, label="training, smoothed" if alone else run.name)
+        val_tokens, val_loss = run.series("val_loss")
+        if len(val_tokens):
+            style = {"color": VALIDATION_COLOR, "label": "validation"} if alone else {"color": color, "linestyle": "--"}
+            if not (alone or len(tokens)):
+                style["label"] = run.name
+            axis.plot(val_tokens, val_loss, linewidth=1.4, **_points(val_tokens), **style)
+        seen += [loss[np.isfinite(loss)], val_loss[np.isfinite(val_loss)]]
+    marks = {
+        f"GPT-2 {SIZES[preset]}": VAL_LOSS_MARKS[preset][corpus]
+        for preset, corpus in ((run.preset, run.corpus) for run in runs)
+        if preset in VAL_LOSS_MARKS and corpus in VAL_LOSS_MARKS[preset]
+    }
+    if len({run.corpus for run in runs}) > 1:
+        marks = {}  # a loss on one corpus says nothing about a run on another
+    _draw_marks(axis, marks, "{:.4f}")
+    values = np.concatenate(seen)
+    if len(values):
+        # The first steps fall from 11: shown whole they would flatten everything that comes later.
+        top = np.quantile(values, 0.98) if len(values) > 100 else values.max()
+        bottom = min([values.min(), *marks.values()])
+        margin = 0.05 * (top - bottom) or 0.1
+        axis.set_ylim(bottom - margin, top + margin)
+    axis.set_ylabel("loss (nats per token)" if len(runs) == 1 else "loss (dashed: validation)")
+    if n_broken:
+        rows = "1 row" if n_broken == 1 else f"{n_broken} rows"
+        axis.text(0.99, 0.96, f"training loss not finite in {rows}", color="#b3261e", fontsize=9, ha="right", va="top",
+                  transform=axis.transAxes)  # fmt: skip
+
+
+def _draw_hellaswag(axis: Axes, runs: Sequence[Run]) -> None:
+    alone = len(runs) == 1
+    counts = set()
+    for run, color in zip(runs, _cycle(runs), strict=True):
+        tokens, accuracy = run.series("hellaswag_lecture_acc")
+        items = run.series("hellaswag_items")[1]
+        n_items = int(items[-1]) if len(items) else HELLASWAG_ITEMS
+        counts.add(n_items)
+        if len(tokens):
+            label = "the lecture's way" if alone else run.name
+            axis.plot(tokens, accuracy, color=color, linewidth=1.4, label=label, **_points(tokens))
+        if len(tokens) and n_items < HELLASWAG_ITEMS:
+            error = np.sqrt(accuracy * (1 - accuracy) / n_items)
+            edges = np.append(tokens, tokens[-1:] * 1.01) if len(tokens) == 1 else tokens
+            low, high = (np.resize(accuracy + sign * error, len(edges)) for sign in (-1, 1))
+            label = "± 1 standard error" if alone else None
+            axis.fill_between(edges, low, high, color=color, alpha=0.15, linewidth=0, label=label)
+        tokens, accuracy = run.series("hellaswag_acc_norm")
+        if len(tokens) and alone:
+            axis.plot(tokens, accuracy, color=COLORS[2], linewidth=1.2, label="lm-eval acc_norm", **_points(tokens))
+    presets = {run.preset for run in runs if run.preset in HELLASWAG_MARKS}
+    marks = {name: value for preset in sorted(presets) for name, value in HELLASWAG_MARKS[preset].items()}
+    _draw_marks(axis, {"chance": 0.25, **marks}, "{:.1%}")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
+    subset = f"\n{counts.pop()} items" if len(counts) == 1 and counts != {HELLASWAG_ITEMS} else ""
+    axis.set_ylabel(f"HellaSwag accuracy{subset}")
+
+
+def _draw_lr(axis: Axes, runs: Sequence[Run]) -> None:
+    for run, color in zip(runs, _cycle(runs), strict=True):
+        tokens, lr = run.series("lr")
+        axis.plot(tokens, lr, color=color, linewidth=1.4, **_points(tokens))
+    axis.set_ylim(bottom=0)
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    axis.set_ylabel("learning rate")
+
+
+def _draw_marks(axis: Axes, marks: dict[str, float], value_format: str) -> None:
+    """Dashed lines across the panel, named in the right margin, where no curve runs."""
+    for name, value in marks.items():
+        axis.axhline(value, color=MARK_COLOR, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
+        axis.annotate(f"{name}\n{value_format.format(value)}", (1, value), xycoords=("axes fraction", "data"),
+                      xytext=(5, 0), textcoords="offset points", va="center", fontsize=8, color=MARK_COLOR)  # fmt: skip
+
+
+def _legend(axis: Axes) -> None:
+    """Above the panel, so that it never covers a curve."""
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:
+        axis.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=min(4, len(labels)), frameon=False,
+                    fontsize=9, borderaxespad=0.2, handlelength=1.6, columnspacing=1.4)  # fmt: skip
+
+
+def _points(tokens: np.ndarray) -> dict[str, Any]:
+    """Rare measurements show as points, which also makes a single one visible."""
+    return {"marker": "o", "markersize": 3.5} if len(tokens) <= 50 else {}
+
+
+def _cycle(runs: Sequence[Run]) -> list[str]:
+    return [COLORS[i % len(COLORS)] for i in range(len(runs))]
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a window of about a fiftieth of the curve, centred; values that are not finite are left out of it."""
+    finite = np.isfinite(values)
+    reach = math.ceil(len(values) / 100)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
+    at = np.arange(len(values))
+    near = np.minimum(reach, np.minimum(at, len(values) - 1 - at))  # narrower at both ends, to stay centred
+    first, last = at - near, at + near + 1
+    with np.errstate(invalid="ignore"):
+        return np.where(finite, (total[last] - total[first]) / (count[last] - count[first]), np.nan)

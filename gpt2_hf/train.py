@@ -1,0 +1,446 @@
+"""train(config): build the parts in order, then one loop.
+
+The state of a run is its step: the data order, the learning rate and dropout are functions of (config, step), and the
+weights and the optimizer's state are in the checkpoint. So starting a run again resumes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from . import checkpoint, hardware
+from .config import ConfigError, RunConfig
+from .data.shards import ShardSet, open_split
+from .data.stream import StepLoader, TokenStream
+from .data.tokenizer import load_tokenizer
+from .evaluate import HellaSwag, load_hellaswag, validation_loss
+from .generate import sample_text
+from .metrics import RunLog, Throughput, flops_per_token, peak_memory_gb
+from .model import GPTForCausalLM
+from .model.loss import LossKernels
+from .optim import build_optimizers, lr_at, set_lr
+from .report import plot_curves
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def train(config: RunConfig) -> Path:
+    """Run, or go on with, the run that ``config`` describes; returns the folder of the finished model.
+
+    Raises:
+        ConfigError, ShardError: before anything is allocated, when the settings or the data cannot work; ConfigError
+            also when memory runs out, naming the micro-batch to try.
+        FloatingPointError: when the loss is no longer a number.
+    """
+    run_dir, total_steps = Path(config.train.run_dir), config.train.steps
+    state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
+    config.grad_accum_steps(state.num_processes)
+    train_data, val_data = open_data(config)
+    resume_from, start_step = find_start(config, train_data, state)
+    if start_step >= total_steps and checkpoint.damage(run_dir / "final") is None:
+        state.print(
+            f"{run_dir} is finished: {start_step:,} steps, the model is in {run_dir / 'final'}. To start over, delete "
+            f"that folder or choose another --train.run_dir; to train longer, raise --train.steps."
+        )
+        return run_dir / "final"
+
+    transformers.utils.logging.disable_progress_bar()  # bars for saving and loading would break ours
+    precision = set_precision(config, state.device)
+    accelerator = build_accelerator(config, precision)
+    bare_model = build_model(config, resume_from, accelerator, precision)
+    tokenizer = load_tokenizer()
+    bare_optimizers = build_optimizers(bare_model, config.optim, state.device)
+    model, *optimizers = accelerator.prepare(bare_model, *bare_optimizers)
+    if resume_from:
+        checkpoint.load_trainer_state(resume_from, bare_model, bare_optimizers)
+    measure = build_measures(config, accelerator, bare_model, tokenizer, val_data)
+    throughput = build_throughput(config, accelerator, bare_model, precision)
+    log = open_log(config, accelerator, start_step, train_data, precision)
+
+    def save(step: int) -> None:
+        optimizer_state = checkpoint.trainer_state(bare_model, bare_optimizers)
+        weights = accelerator.get_state_dict(model)
+
+        def write(folder: Path) -> None:
+            write_model(folder, bare_model, weights, tokenizer)
+            checkpoint.write_trainer_state(folder, optimizer_state, identity(config, train_data) | {"step": step})
+
+        if state.is_main_process:
+            checkpoint.write_folder(run_dir / "checkpoints" / f"step-{step:08d}", write)
+            checkpoint.prune(run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every)
+        state.wait_for_everyone()
+
+    if start_step == 0:
+        log.write(0, measure(0))
+    with load_steps(config, train_data, start_step, accelerator) as batches:
+        for step, batch in enumerate(batches, start_step + 1):
+            lr_share = lr_at(step - 1, total_steps, config.optim)
+            set_lr(bare_optimizers, lr_share)
+            with advice_on_memory(config, state.num_processes):
+                loss, grad_norm = train_step(accelerator, model, optimizers, batch, step - 1, config)
+            log.bar.update()
+            row: dict[str, Any] = {}
+            if step % config.train.log_every == 0 or step == total_steps:
+                row = {"train_loss": float(accelerator.reduce(loss, "mean")), "lr": lr_share * config.optim.lr}
+                row |= {"grad_norm": float(grad_norm), "peak_memory": round(peak_memory_gb(state.device), 3)}
+                row |= throughput.measure(step)
+                stop_if_not_finite(row["train_loss"], step)
+            measured = measure(step)
+            row = log.write(step, row | measured)
+            accelerator.log({key: value for key, value in row.items() if not isinstance(value, list)}, step=step)
+            saving = step % config.checkpoint.save_every == 0 or step == total_steps
+            if saving:
+                save(step)
+            if measured or saving or step == start_step + 1:
+                throughput.restart(step)  # what took time here was not training, or was compilation
+
+    log.close()
+    weights = accelerator.get_state_dict(model)
+    if state.is_main_process:
+        checkpoint.write_folder(run_dir / "final", lambda path: write_model(path, bare_model, weights, tokenizer))
+        try:
+            plot_curves(run_dir)
+        except ImportError as error:
+            print(error)
+    accelerator.end_training()
+    return run_dir / "final"
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizers: Sequence[Any],
+    batch: Tensor,  # (grad_accum_steps, B, T + 1) int64
+    step: int,
+    config: RunConfig,
+) -> tuple[Tensor, Tensor]:
+    """One update from this rank's share of the global batch; returns its mean loss and the gradient's global norm.
+
+    The loss of each micro-batch is divided by the tokens of the rank's whole share, so gradients add up to that of
+    the mean whatever the number of micro-batches. Ranks exchange gradients once, in the last micro-step.
+    """
+    n_micro_steps, micro_batch_size, _ = batch.shape
+    first_sample = (step * accelerator.num_processes + accelerator.process_index) * n_micro_steps * micro_batch_size
+    total = torch.zeros((), device=accelerator.device)
+    for micro_step, windows in enumerate(batch):
+        windows = windows.to(accelerator.device, non_blocking=True)
+        input_ids, labels = windows[:, :-1], windows[:, 1:]
+        if config.model.dropout:
+            seed_dropout(config.train.seed, step, first_sample + micro_step * micro_batch_size)
+        is_last = micro_step == n_micro_steps - 1
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            loss = model(input_ids, shift_labels=labels, num_items_in_batch=n_micro_steps * labels.numel()).loss
+            accelerator.backward(loss)
+        total = total + loss.detach()
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total, grad_norm
+
+
+def open_data(config: RunConfig) -> tuple[ShardSet, ShardSet]:
+    """The training and validation splits, checked against the model."""
+    train_data, val_data = (open_split(config.data.path, split) for split in ("train", "val"))
+    vocab_size = config.model.gpt_config().vocab_size
+    if train_data.vocab_size > vocab_size:
+        raise ConfigError(
+            f"{config.data.path} has a vocabulary of {train_data.vocab_size}, the model has {vocab_size} rows for it; "
+            f"leave out model.vocab_size, or prepare the data with the model's tokenizer"
+        )
+    for data in (train_data, val_data):
+        if data.n_tokens <= config.data.seq_len:
+            raise ConfigError(
+                f"{config.data.path}: the {data.split} split has {data.n_tokens:,} tokens, less than one window of "
+                f"data.seq_len + 1 = {config.data.seq_len + 1}; prepare more or lower data.seq_len"
+            )
+    return train_data, val_data
+
+
+def identity(config: RunConfig, data: ShardSet) -> dict[str, Any]:
+    """What must not change in the middle of a run, because its curve would then mean nothing."""
+    return {
+        "model": dataclasses.asdict(config.model) | {"attn_implementation": None},
+        "data": data.fingerprint,
+        "data.seq_len": config.data.seq_len,
+        "train.seed": config.train.seed,
+        "train.global_batch_tokens": config.train.global_batch_tokens,
+        "train.overfit_batch": config.train.overfit_batch,
+        "optim.name": config.optim.name,
+    }
+
+
+def find_start(config: RunConfig, data: ShardSet, state: PartialState) -> tuple[Path | None, int]:
+    """The checkpoint to go on from and its step, or (None, 0)."""
+    root = Path(config.train.run_dir) / "checkpoints"
+    found = checkpoint.newest_whole(root, warn=state.print)
+    if found is None:
+        return None, 0
+    saved = checkpoint.read_state(found)
+    for name, now in identity(config, data).items():
+        if saved[name] != now:
+            raise ConfigError(
+                f"{config.train.run_dir} holds a run with another {name} ({saved[name]}, now {now}); choose another "
+                f"--train.run_dir, delete that folder, or set {name} back"
+            )
+    return found, saved["step"]
+
+
+def set_precision(config: RunConfig, device: torch.device) -> str:
+    """Settle the precision, and PyTorch's switches that belong to it."""
+    hardware.reuse_freed_memory()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
+    if config.train.deterministic or device.type == "cpu":
+        # On the CPU this costs nothing, and without it threads add up gradients in any order.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    return hardware.default_precision(device) if config.train.precision == "auto" else config.train.precision
+
+
+def build_accelerator(config: RunConfig, precision: str) -> Accelerator:
+    """Accelerate's hold on devices and processes; precision and accumulation are ours, not its config file's."""
+    accelerator = Accelerator(
+        mixed_precision=precision if precision in ("bf16", "fp16") else "no",
+        gradient_accumulation_steps=1,  # train_step scales the loss itself
+        log_with=config.train.trackers or None,
+        project_dir=config.train.run_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ConfigError(
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set in the environment; unset it: accumulation follows from "
+            "train.global_batch_tokens"
+        )
+    return accelerator
+
+
+def build_model(
+    config: RunConfig, resume_from: Path | None, accelerator: Accelerator, precision: str
+) -> GPTForCausalLM:
+    """The model, new or from a checkpoint, in fp32 (fp64 when asked for), with its blocks compiled where possible."""
+    device = accelerator.device
+    attention, why_attention = hardware.choose_attention(config.model.attn_implementation, device, precision)
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    if resume_from:
+        model = GPTForCausalLM.from_pretrained(resume_from, dtype=dtype, attn_implementation=attention)
+    else:
+        torch.manual_seed(config.train.seed)
+        gpt_config = config.model.gpt_config()
+        gpt_config._attn_implementation = attention
+        model = GPTForCausalLM(gpt_config).to(dtype)
+    model.train()
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    obstacle = hardware.compile_obstacle(device) if config.train.compile == "auto" else None
+    if config.train.compile != "off" and obstacle is None:
+        # Block by block: all blocks share one compiled graph, and evaluation and saving see the plain module.
+        for block in model.transformer.h:
+            block.compile(dynamic=False)
+        LossKernels.compile(dynamic=False)
+    compiled = "compiled" if config.train.compile != "off" and not obstacle else "not compiled"
+    accelerator.print(
+        f"{model.num_parameters():,} parameters in {precision} on {accelerator.num_processes} x "
+        f"{hardware.describe(device)}, attention {attention} ({why_attention}), {compiled}"
+        + (f": {obstacle}; training is slower without" if obstacle else "")
+    )
+    return model
+
+
+def build_measures(
+    config: RunConfig,
+    accelerator: Accelerator,
+    model: GPTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    val_data: ShardSet,
+) -> Callable[[int], dict[str, Any]]:
+    """A function that takes, after a given step, the measurements that are due, and returns them as one row."""
+    device = accelerator.device
+    ranks: dict[str, Any] = {
+        "device": device,
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "reduce": lambda tensor: accelerator.reduce(tensor, "sum"),
+        "autocast": accelerator.autocast,
+    }
+    # Validation has training's shapes and uses its kernels. Other lengths compile on a GPU only: on a CPU a build takes
+    # longer than it saves.
+    eager = torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext()
+    measures: list[tuple[int, Callable[[], dict[str, Any]]]] = []
+
+    if config.eval.val_every:
+        stream = TokenStream(val_data, config.data.seq_len, seed=0, shuffle=False)
+        n_windows = max(1, min(stream.n_windows, config.eval.val_tokens // config.data.seq_len))
+        batch_size = config.train.micro_batch_size
+        measures.append(
+            (
+                config.eval.val_every,
+                lambda: validation_loss(model, stream, n_windows=n_windows, batch_size=batch_size, **ranks),
+            )
+        )
+    if config.eval.hellaswag_every:
+        items = load_hellaswag(config.eval.hellaswag_items)
+        task = HellaSwag(items, tokenizer, n_positions=model.config.n_positions)
+        tokens_per_batch = config.train.micro_batch_size * config.data.seq_len
+
+        def hellaswag() -> dict[str, Any]:
+            with eager:
+                return task.score(model, tokens_per_batch=tokens_per_batch, **ranks).metrics
+
+        measures.append((config.eval.hellaswag_every, hellaswag))
+    if config.eval.sample_every:
+
+        def sample() -> dict[str, Any]:
+            with torch.compiler.set_stance("force_eager"), accelerator.autocast():
+                texts = sample_text(
+                    model,
+                    tokenizer,
+                    config.eval.sample_prompt,
+                    max_new_tokens=config.eval.sample_tokens,
+                    n_samples=config.eval.sample_count,
+                    device=device,
+                )
+            return {"samples": texts}
+
+        measures.append((config.eval.sample_every, sample))
+
+    def measure(step: int) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        for every, take in measures:
+            if step % every == 0 or step == config.train.steps:
+                row |= take()
+        return row
+
+    return measure
+
+
+def build_throughput(config: RunConfig, accelerator: Accelerator, model: GPTForCausalLM, precision: str) -> Throughput:
+    peak, source = hardware.peak_flops(accelerator.device, DTYPES[precision])
+    flops = flops_per_token(model.num_parameters(), model.config, config.data.seq_len)
+    accelerator.print(
+        f"MFU is against {peak / 1e12:.3g} TFLOP/s a device ({source}), {flops / 1e6:,.0f} MFLOPs a token"
+    )
+    return Throughput(config.train.global_batch_tokens, accelerator.num_processes * peak / flops)
+
+
+def load_steps(config: RunConfig, data: ShardSet, start_step: int, accelerator: Accelerator) -> Any:
+    """The batches of this rank for all steps to come; the first one over and over with ``overfit_batch``."""
+    overfit = config.train.overfit_batch
+    loader = StepLoader(
+        TokenStream(data, config.data.seq_len, config.train.seed),
+        0 if overfit else start_step,
+        1 if overfit else config.train.steps,
+        global_batch_size=config.train.global_batch_tokens // config.data.seq_len,
+        micro_batch_size=config.train.micro_batch_size,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    return nullcontext([next(loader)] * (config.train.steps - start_step)) if overfit else loader
+
+
+def open_log(config: RunConfig, accelerator: Accelerator, start_step: int, data: ShardSet, precision: str) -> RunLog:
+    """Write what the run is (config.yaml, environment.json), start the trackers, and open metrics.jsonl."""
+    run_dir = Path(config.train.run_dir)
+    if accelerator.is_main_process:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(config.to_yaml())
+        (run_dir / "environment.json").write_text(json.dumps(environment(accelerator, data, precision), indent=1))
+    accelerator.wait_for_everyone()
+    if config.train.trackers:
+        flat = {
+            f"{section}.{key}": str(value)
+            for section, keys in dataclasses.asdict(config).items()
+            for key, value in keys.items()
+        }
+        accelerator.init_trackers("gpt2_hf", config=flat)
+    steps, batch = config.train.steps, config.train.global_batch_tokens
+    accelerator.print(
+        f"{data.n_tokens:,} training tokens; steps {start_step:,} to {steps:,} of {batch:,} tokens = "
+        f"{config.train.micro_batch_size} x {config.data.seq_len} x {accelerator.num_processes} processes x "
+        f"{config.grad_accum_steps(accelerator.num_processes)} accumulated; {steps * batch / data.n_tokens:.2f} epochs"
+    )
+    return RunLog(run_dir, start_step, steps, batch, enabled=accelerator.is_main_process)
+
+
+def environment(accelerator: Accelerator, data: ShardSet, precision: str) -> dict[str, Any]:
+    """What a figure of this run must be read with: versions, code, data and machine."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return {
+        "command": sys.argv,
+        "git_commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "platform": platform.platform(),
+        "device": hardware.describe(accelerator.device),
+        "processes": accelerator.num_processes,
+        "precision": precision,
+        "data_fingerprint": data.fingerprint,
+    }
+
+
+def write_model(
+    folder: Path, model: GPTForCausalLM, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A stock gpt2 folder: weights, configurations, tokenizer."""
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+def seed_dropout(seed: int, step: int, first_sample: int) -> None:
+    """Make dropout a function of the place in the run, so that no generator's state needs saving."""
+    bits = np.random.SeedSequence([seed, step, first_sample]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(bits >> np.uint64(1)))
+
+
+def stop_if_not_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss} at step {step}; the checkpoints so far are whole: start again with a lower "
+            f"--optim.lr and --optim.muon_lr, or look at the data near this step"
+        )
+
+
+@contextmanager
+def advice_on_memory(config: RunConfig, world_size: int) -> Iterator[None]:
+    """Turn out-of-memory errors into the micro-batch to try next, for the same global batch and curve."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises the plain kind
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        size = config.train.micro_batch_size
+        samples = config.train.global_batch_tokens // config.data.seq_len // world_size
+        smaller = max((b for b in range(1, size) if samples % b == 0), default=None)
+        advice = (
+            f"try --train.micro_batch_size {smaller}: the global batch and the curve stay the same"
+            if smaller
+            else "micro_batch_size is 1 already: try --train.gradient_checkpointing true, or a shorter data.seq_len"
+        )
+        raise ConfigError(f"out of memory with micro_batch_size {size}; {advice}") from error

@@ -1,0 +1,42 @@
+"""Evaluate a checkpoint folder or hub model: validation loss and HellaSwag, beside the marks of OpenAI's GPT-2 124M."""
+
+import sys
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from gpt2_hf.evaluate import evaluate_folder
+
+# Metric, its name in the table, GPT-2 124M. Its validation loss is another on every text.
+ROWS = (
+    ("val_loss", "validation loss (nats per token)", "*"),
+    ("val_bpb", "validation bits per byte", "*"),
+    ("hellaswag_acc", "HellaSwag acc (lm-eval)", "0.2892"),
+    ("hellaswag_acc_norm", "HellaSwag acc_norm (lm-eval)", "0.3114"),
+    ("hellaswag_lecture_acc", "HellaSwag (mean loss per token)", "0.2955"),
+)
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("folder", help="folder or hub id of a GPT-2")
+    parser.add_function_arguments(evaluate_folder, skip={"folder_or_hub_id"})
+    try:
+        args = parser.parse_args().as_dict()
+        folder = args.pop("folder")
+        results = evaluate_folder(folder, **args)
+    except (ArgumentError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"{folder:<34} {'this model':>10}   GPT-2 124M")
+    for key, name, mark in ROWS:
+        if key in results:
+            print(f"{name:<34} {results[key]:>10.4f}   {mark}")
+    if "val_loss" in results:
+        print("* depends on the text: for a comparison evaluate openai-community/gpt2 with the same --data")
+    if "hellaswag_items" in results:
+        n_items, stderr = results["hellaswag_items"], results["hellaswag_stderr"]
+        print(f"HellaSwag on {n_items:,} of 10,042 items: standard error {stderr:.4f}; the marks are for all items")
+
+
+if __name__ == "__main__":
+    main()
