@@ -115,10 +115,21 @@ def trainer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str
 
 
 def load_trainer_state(folder: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-    """Put a checkpoint's optimizer state back and return its ``state.json``."""
-    path = folder / TRAINER_STATE
-    state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    """Put a checkpoint's optimizer state back and return its ``state.json``.
+
+    Only what the optimizers have accumulated comes from the file: rates, betas and decay are those of the present
+    configuration, so that a run can go on with others.
+    """
+    settings = [
+        {k: v for k, v in group.items() if k != "params"}
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    ]
+    state = torch.load(folder / TRAINER_STATE / "optimizer.pt", map_location="cpu", weights_only=True)
     set_optimizer_state_dict(model, optimizers, state, options=_WHOLE)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group, setting in zip(groups, settings, strict=True):
+        group.update(setting)
     return read_state(folder)
 
 

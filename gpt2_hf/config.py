@@ -284,7 +284,7 @@ def parse_cli(cls: type[ConfigT], argv: list[str] | None = None, positional: str
         values = parsed.clone().as_dict()
         values.pop("config", None)
         return _build(cls, values)
-    except (jsonargparse.ArgumentError, ConfigError, OSError, yaml.YAMLError) as error:
+    except (jsonargparse.ArgumentError, ConfigError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -320,6 +320,8 @@ def _recipe_flags(path: Path, typed: dict[str, Any]) -> list[str]:
         recipe = yaml.safe_load(path.read_text()) or {}
     except FileNotFoundError:
         raise ConfigError(f"no recipe {path}; see the folder recipes/") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
     if not isinstance(recipe, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections, not {type(recipe).__name__}")
     flags = []

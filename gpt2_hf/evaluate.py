@@ -5,8 +5,8 @@
                                                                   acc_norm: that divided by the ending's characters
     lecture   ctx as it is                         as it is       log-likelihood divided by the ending's tokens
 
-The first is lm-evaluation-harness (its task `hellaswag`, version 1.0), the second Karpathy's build-nanogpt, hellaswag.py.
-OpenAI's gpt2 gets 0.2892 / 0.3114 and 0.2955.
+The first is lm-evaluation-harness (its task `hellaswag`, version 1.0), the second hellaswag.py of Karpathy's
+build-nanogpt. OpenAI's gpt2 gets 0.2892 / 0.3114 and 0.2955.
 
 Every rank makes the same number of forward calls of the same shapes, with rows of padding where it has nothing left:
 sharded models need the first, compiled models the second.
@@ -205,7 +205,8 @@ class HellaSwag:
         self._n_chars = np.array([[len(ending) for ending in endings] for _, endings in texts]).reshape(self._shape)
 
         # A byte-level BPE always cuts before the space, so the two parts give the tokens of the whole.
-        encode = partial(tokenizer, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        call: Any = tokenizer  # the base class does not declare that it can be called
+        encode = partial(call, add_special_tokens=False, return_attention_mask=False, verbose=False)
         contexts = encode([context for context, _ in texts])["input_ids"]
         endings = encode([f" {ending}" for _, endings in texts for ending in endings])["input_ids"]
 
@@ -304,8 +305,9 @@ def load_folder(
         if config.get("model_type") != "gpt2":
             found = f"model_type {config.get('model_type')!r} in its config.json" if config else "no config.json"
             raise ValueError(f"{name} is not a GPT-2 ({found}): give a folder or model id of one")
-        model, info = GPTForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        loaded: Any = GPTForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        model, info = loaded
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
     except (OSError, RuntimeError, SafetensorError) as error:
         where = "" if Path(name).is_dir() else " (no such folder, so looked for on the Hub)"
         raise ValueError(f"cannot load {name}{where}: {str(error).strip().splitlines()[0]}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -57,7 +57,7 @@ def sample_text(
             "the first two start at 1, the others at 0"
         )
     eot = tokenizer.eos_token_id
-    tokens = tokenizer(prompt)["input_ids"] or [eot]
+    tokens = tokenizer.encode(prompt) or [eot]
     room = model.config.n_positions - len(tokens)
     if room < 1:
         raise ValueError(
@@ -81,7 +81,9 @@ def sample_text(
             if not on_cpu:
                 torch.get_device_module(device).manual_seed(seed)
             mask = torch.ones_like(input_ids)
-            output = model.generate(input_ids, attention_mask=mask, generation_config=settings)
+            output: Any = model.generate(  # type: ignore[misc]
+                input_ids, attention_mask=mask, generation_config=settings
+            )
     finally:
         model.train(was_training)
     return tokenizer.batch_decode(output, skip_special_tokens=True)

@@ -37,6 +37,7 @@ SIZES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl":
 COLORS = ("#2563a8", "#c4541a", "#3f8f4f", "#8b4fa3", "#b08a1e", "#4a9aa5", "#a03a52", "#5f6670")
 VALIDATION_COLOR = COLORS[1]
 MARK_COLOR = "#555555"
+ERROR_COLOR = "#b3261e"
 
 
 class ReportError(ValueError):
@@ -54,9 +55,8 @@ class Run:
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens seen and values of one measurement, by tokens; where steps were made twice, the later row counts."""
-        points = {
-            row["tokens_seen"]: row[key] for row in self.rows if row.get(key) is not None and "tokens_seen" in row
-        }
+        rows = [row for row in self.rows if "tokens_seen" in row and row.get(key) is not None]
+        points = {row["tokens_seen"]: row[key] for row in rows}
         tokens = sorted(points)
         return np.array(tokens, dtype=float), np.array([points[token] for token in tokens], dtype=float)
 
@@ -102,6 +102,7 @@ def build_figure(runs: Sequence[Run]) -> Figure:
     """The picture as a matplotlib Figure, a panel for each kind of measurement that any of the runs has."""
     try:
         from matplotlib.figure import Figure  # without pyplot: no global state, no window system
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
         raise ImportError("drawing curves needs matplotlib: pip install gpt2_hf[report]") from None
 
@@ -117,8 +118,8 @@ def build_figure(runs: Sequence[Run]) -> Figure:
     if not panels:
         raise ReportError(f"nothing to draw in {', '.join(run.name for run in runs)}: no loss, HellaSwag or lr rows")
     heights = [height for _, height in panels]
-    figure = Figure(figsize=(9, sum(heights) + 0.7 * len(panels)), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.12, hspace=0.04)
+    layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.12, hspace=0.04)
+    figure = Figure(figsize=(9, sum(heights) + 0.7 * len(panels)), layout=layout)
     figure.suptitle(_title(runs), fontsize=13, fontweight="bold")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     furthest = max(row["tokens_seen"] for run in runs for row in run.rows if "tokens_seen" in row)
@@ -129,7 +130,10 @@ def build_figure(runs: Sequence[Run]) -> Figure:
         axis.tick_params(labelsize=9)
         draw(axis, runs)
         _legend(axis)
-    axes[0].set_xlim(0, 1.02 * furthest or 1)
+    margin = 0.015 * furthest or 1
+    axes[0].set_xlim(-margin, furthest + margin)
+    if not furthest:
+        axes[0].set_xticks([0])
     axes[0].xaxis.set_major_formatter(lambda tokens, _: format_tokens(tokens))
     axes[-1].set_xlabel("tokens seen")
     return figure
@@ -153,76 +157,79 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _draw_loss(axis: Axes, runs: Sequence[Run]) -> None:
-    seen, n_broken = [], 0
+    alone = len(runs) == 1
+    finite, broken = [], []
     for run, color in zip(runs, _cycle(runs), strict=True):
         tokens, loss = run.series("train_loss")
-        n_broken += int((~np.isfinite(loss)).sum())
-        smooth = _smooth(loss)
-        alone = len(runs) == 1
         if len(tokens):
-            axis.plot(tokens, loss, color=color, alpha=0.22, linewidth=0.8, **_points(tokens))
-            axis.plot(tokens, smooth, color=color, linewidth=1.4, label="training, smoothed" if alone else run.name)
+            axis.plot(tokens, loss, color=color, alpha=0.22, linewidth=0.8)
+            label = "training (smoothed)" if alone else run.name
+            axis.plot(tokens, _smooth(loss), color=color, linewidth=1.4, label=label, **_points(tokens, False))
         val_tokens, val_loss = run.series("val_loss")
         if len(val_tokens):
-            style = {"color": VALIDATION_COLOR, "label": "validation"} if alone else {"color": color, "linestyle": "--"}
-            if not (alone or len(tokens)):
-                style["label"] = run.name
-            axis.plot(val_tokens, val_loss, linewidth=1.4, **_points(val_tokens), **style)
-        seen += [loss[np.isfinite(loss)], val_loss[np.isfinite(val_loss)]]
+            color, line = (VALIDATION_COLOR, "-") if alone else (color, "--")
+            val_label = "validation" if alone else None if len(tokens) else run.name
+            points = _points(val_tokens, alone)
+            axis.plot(val_tokens, val_loss, line, color=color, linewidth=1.4, label=val_label, **points)
+        for at, values in ((tokens, loss), (val_tokens, val_loss)):
+            finite.append(values[np.isfinite(values)])
+            broken.append(at[~np.isfinite(values)])
     marks = {
-        f"GPT-2 {SIZES[preset]}": VAL_LOSS_MARKS[preset][corpus]
-        for preset, corpus in ((run.preset, run.corpus) for run in runs)
-        if preset in VAL_LOSS_MARKS and corpus in VAL_LOSS_MARKS[preset]
+        f"GPT-2 {SIZES[run.preset]}": VAL_LOSS_MARKS[run.preset][run.corpus]
+        for run in runs
+        if run.preset in VAL_LOSS_MARKS and run.corpus in VAL_LOSS_MARKS[run.preset]
     }
     if len({run.corpus for run in runs}) > 1:
         marks = {}  # a loss on one corpus says nothing about a run on another
     _draw_marks(axis, marks, "{:.4f}")
-    values = np.concatenate(seen)
+    values = np.concatenate(finite)
     if len(values):
         # The first steps fall from 11: shown whole they would flatten everything that comes later.
         top = np.quantile(values, 0.98) if len(values) > 100 else values.max()
         bottom = min([values.min(), *marks.values()])
         margin = 0.05 * (top - bottom) or 0.1
         axis.set_ylim(bottom - margin, top + margin)
-    axis.set_ylabel("loss (nats per token)" if len(runs) == 1 else "loss (dashed: validation)")
-    if n_broken:
-        rows = "1 row" if n_broken == 1 else f"{n_broken} rows"
-        axis.text(0.99, 0.96, f"training loss not finite in {rows}", color="#b3261e", fontsize=9, ha="right", va="top",
-                  transform=axis.transAxes)  # fmt: skip
+    at = np.concatenate(broken)
+    if len(at):
+        label = f"not finite ({len(at)} row{'s' if len(at) > 1 else ''})"
+        axis.plot(at, np.full(len(at), 0.02), "x", transform=axis.get_xaxis_transform(), color=ERROR_COLOR, label=label)
+    axis.set_ylabel("loss (nats per token)" if alone else "loss (dashed: validation)")
 
 
 def _draw_hellaswag(axis: Axes, runs: Sequence[Run]) -> None:
     alone = len(runs) == 1
-    counts = set()
+    sizes = set()
     for run, color in zip(runs, _cycle(runs), strict=True):
         tokens, accuracy = run.series("hellaswag_lecture_acc")
         items = run.series("hellaswag_items")[1]
         n_items = int(items[-1]) if len(items) else HELLASWAG_ITEMS
-        counts.add(n_items)
         if len(tokens):
+            sizes.add(n_items)
             label = "the lecture's way" if alone else run.name
-            axis.plot(tokens, accuracy, color=color, linewidth=1.4, label=label, **_points(tokens))
-        if len(tokens) and n_items < HELLASWAG_ITEMS:
+            axis.plot(tokens, accuracy, color=color, linewidth=1.4, label=label, **_points(tokens, alone))
+        if len(tokens) > 1 and n_items < HELLASWAG_ITEMS:
             error = np.sqrt(accuracy * (1 - accuracy) / n_items)
-            edges = np.append(tokens, tokens[-1:] * 1.01) if len(tokens) == 1 else tokens
-            low, high = (np.resize(accuracy + sign * error, len(edges)) for sign in (-1, 1))
-            label = "± 1 standard error" if alone else None
-            axis.fill_between(edges, low, high, color=color, alpha=0.15, linewidth=0, label=label)
+            name = "± 1 standard error" if alone else None
+            axis.fill_between(
+                tokens, accuracy - error, accuracy + error, color=color, alpha=0.15, linewidth=0, label=name
+            )
         tokens, accuracy = run.series("hellaswag_acc_norm")
         if len(tokens) and alone:
-            axis.plot(tokens, accuracy, color=COLORS[2], linewidth=1.2, label="lm-eval acc_norm", **_points(tokens))
+            sizes.add(n_items)
+            style = _points(tokens, alone)
+            axis.plot(tokens, accuracy, color=COLORS[2], linewidth=1.2, label="lm-eval acc_norm", **style)
     presets = {run.preset for run in runs if run.preset in HELLASWAG_MARKS}
     marks = {name: value for preset in sorted(presets) for name, value in HELLASWAG_MARKS[preset].items()}
-    _draw_marks(axis, {"chance": 0.25, **marks}, "{:.1%}")
+    _draw_marks(axis, {"chance": 0.25, **marks}, "{:.2%}")
     axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
-    subset = f"\n{counts.pop()} items" if len(counts) == 1 and counts != {HELLASWAG_ITEMS} else ""
+    subset = f"\n{sizes.pop()} items" if len(sizes) == 1 and sizes != {HELLASWAG_ITEMS} else ""
     axis.set_ylabel(f"HellaSwag accuracy{subset}")
 
 
 def _draw_lr(axis: Axes, runs: Sequence[Run]) -> None:
     for run, color in zip(runs, _cycle(runs), strict=True):
         tokens, lr = run.series("lr")
-        axis.plot(tokens, lr, color=color, linewidth=1.4, **_points(tokens))
+        axis.plot(tokens, lr, color=color, linewidth=1.4, **_points(tokens, len(runs) == 1))
     axis.set_ylim(bottom=0)
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     axis.set_ylabel("learning rate")
@@ -232,21 +239,39 @@ def _draw_marks(axis: Axes, marks: dict[str, float], value_format: str) -> None:
     """Dashed lines across the panel, named in the right margin, where no curve runs."""
     for name, value in marks.items():
         axis.axhline(value, color=MARK_COLOR, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-        axis.annotate(f"{name}\n{value_format.format(value)}", (1, value), xycoords=("axes fraction", "data"),
-                      xytext=(5, 0), textcoords="offset points", va="center", fontsize=8, color=MARK_COLOR)  # fmt: skip
+        axis.annotate(
+            f"{name}\n{value_format.format(value)}",
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=MARK_COLOR,
+        )
 
 
 def _legend(axis: Axes) -> None:
     """Above the panel, so that it never covers a curve."""
     handles, labels = axis.get_legend_handles_labels()
     if handles:
-        axis.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=min(4, len(labels)), frameon=False,
-                    fontsize=9, borderaxespad=0.2, handlelength=1.6, columnspacing=1.4)  # fmt: skip
+        axis.legend(
+            handles,
+            labels,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=max(1, min(len(labels), 100 // (max(map(len, labels)) + 6))),
+            frameon=False,
+            fontsize=9,
+            borderaxespad=0.2,
+            handlelength=1.6,
+            columnspacing=1.4,
+        )
 
 
-def _points(tokens: np.ndarray) -> dict[str, Any]:
-    """Rare measurements show as points, which also makes a single one visible."""
-    return {"marker": "o", "markersize": 3.5} if len(tokens) <= 50 else {}
+def _points(tokens: np.ndarray, alone: bool) -> dict[str, Any]:
+    """Rare measurements of a run alone show as points; and any single one, of which there is no line."""
+    return {"marker": "o", "markersize": 3.5} if len(tokens) <= (50 if alone else 1) else {}
 
 
 def _cycle(runs: Sequence[Run]) -> list[str]:
@@ -256,11 +281,10 @@ def _cycle(runs: Sequence[Run]) -> list[str]:
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Mean over a window of about a fiftieth of the curve, centred; values that are not finite are left out of it."""
     finite = np.isfinite(values)
-    reach = math.ceil(len(values) / 100)
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     count = np.concatenate([[0], np.cumsum(finite)])
     at = np.arange(len(values))
-    near = np.minimum(reach, np.minimum(at, len(values) - 1 - at))  # narrower at both ends, to stay centred
-    first, last = at - near, at + near + 1
+    reach = np.minimum(math.ceil(len(values) / 100), at)  # narrower where the loss falls steeply, at the start
+    first, last = at - reach, np.minimum(at + reach + 1, len(values))
     with np.errstate(invalid="ignore"):
         return np.where(finite, (total[last] - total[first]) / (count[last] - count[first]), np.nan)

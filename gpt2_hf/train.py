@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,7 @@ def set_precision(config: RunConfig, device: torch.device) -> str:
         # On the CPU this costs nothing, and without it threads add up gradients in any order.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
     return hardware.default_precision(device) if config.train.precision == "auto" else config.train.precision
 
 
@@ -247,10 +247,13 @@ def build_model(
         torch.manual_seed(config.train.seed)
         gpt_config = config.model.gpt_config()
         gpt_config._attn_implementation = attention
-        model = GPTForCausalLM(gpt_config).to(dtype)
+        model = GPTForCausalLM(gpt_config)
+        if precision == "fp64":
+            model.double()
     model.train()
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The second name is transformers' before 5.20.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
     obstacle = hardware.compile_obstacle(device) if config.train.compile == "auto" else None
     if config.train.compile != "off" and obstacle is None:
@@ -283,9 +286,12 @@ def build_measures(
         "reduce": lambda tensor: accelerator.reduce(tensor, "sum"),
         "autocast": accelerator.autocast,
     }
+
     # Validation has training's shapes and uses its kernels. Other lengths compile on a GPU only: on a CPU a build takes
     # longer than it saves.
-    eager = torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext()
+    def without_compile() -> AbstractContextManager:
+        return torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext()
+
     measures: list[tuple[int, Callable[[], dict[str, Any]]]] = []
 
     if config.eval.val_every:
@@ -304,7 +310,7 @@ def build_measures(
         tokens_per_batch = config.train.micro_batch_size * config.data.seq_len
 
         def hellaswag() -> dict[str, Any]:
-            with eager:
+            with without_compile():
                 return task.score(model, tokens_per_batch=tokens_per_batch, **ranks).metrics
 
         measures.append((config.eval.hellaswag_every, hellaswag))
@@ -375,6 +381,8 @@ def open_log(config: RunConfig, accelerator: Accelerator, start_step: int, data:
         }
         accelerator.init_trackers("gpt2_hf", config=flat)
     steps, batch = config.train.steps, config.train.global_batch_tokens
+    if start_step:
+        accelerator.print(f"resuming from {run_dir / 'checkpoints' / f'step-{start_step:08d}'}")
     accelerator.print(
         f"{data.n_tokens:,} training tokens; steps {start_step:,} to {steps:,} of {batch:,} tokens = "
         f"{config.train.micro_batch_size} x {config.data.seq_len} x {accelerator.num_processes} processes x "

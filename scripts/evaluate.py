@@ -27,7 +27,7 @@ def main() -> None:
     except (ArgumentError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    print(f"{folder:<34} {'this model':>10}   GPT-2 124M")
+    print(f"{folder}\n{'':<34} {'this model':>10}   GPT-2 124M")
     for key, name, mark in ROWS:
         if key in results:
             print(f"{name:<34} {results[key]:>10.4f}   {mark}")

@@ -29,7 +29,8 @@ def main() -> None:
             print(f"{folder}:")
         else:
             torch.manual_seed(args.seed)
-            model, tokenizer = GPTForCausalLM(GPTConfig()).to(device), load_tokenizer()
+            with device:
+                model, tokenizer = GPTForCausalLM(GPTConfig()), load_tokenizer()
             print("no run under runs/ yet: this is an untrained GPT-2 124M")
         samples = sample_text(
             model,

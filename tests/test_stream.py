@@ -123,7 +123,7 @@ def test_a_window_shares_its_last_token_with_the_next(shards):
 
 def test_unshuffled_is_the_stored_order(shards):
     tokens = np.concatenate([shard.tokens() for shard in shards.shards]).tolist()
-    for cls in (TokenStream, small_stream(max_part_tokens=100, group_size=2)):
+    for cls in (TokenStream, small_stream(part_tokens=100, group_size=2)):
         stream = cls(shards, T, seed=0, shuffle=False)
         expected = [tokens[k * T : k * T + T + 1] for k in range(stream.n_windows)]
         assert epoch_of(stream, 0) == epoch_of(stream, 1) == expected
@@ -166,7 +166,7 @@ def test_large_files_count_as_several_shards(make_shards):
     parts = []
     for shard in [*documents, [[1, 2]]]:
         n_tokens = sum(len(document) + 1 for document in shard)
-        n_parts = -(-n_tokens // limit)
+        n_parts = max(1, round(n_tokens / limit))
         parts.append([])
         done, share = 0, 1
         for document in shard:
@@ -176,17 +176,25 @@ def test_large_files_count_as_several_shards(make_shards):
                 parts.append([])
                 share += 1
     assert len(parts) > 8
-    stream = small_stream(max_part_tokens=limit, group_size=3)(shards, T, seed=3)
+    stream = small_stream(part_tokens=limit, group_size=3)(shards, T, seed=3)
     for epoch in range(2):
         assert epoch_of(stream, epoch) == reference_epoch(parts, 3, epoch, group_size=3)[0]
 
 
+@pytest.mark.parametrize(("part_tokens", "n_parts"), [(1000, 1), (100, 1), (80, 1), (60, 2), (50, 2), (10, 10)])
+def test_a_file_a_little_over_the_size_of_a_part_stays_whole(make_shards, part_tokens, n_parts):
+    shards = open_split(make_shards({"train": [[[1]] * 51]}), "train")  # 102 tokens
+    stream = small_stream(part_tokens=part_tokens)(shards, T, seed=0)
+    assert len(stream._parts) == n_parts
+    assert sum(part.n_tokens for part in stream._parts) == 102
+
+
 def test_a_document_longer_than_a_part_is_not_cut(make_shards):
-    documents = [[list(range(500)), [600], list(range(1000, 1100))]]
-    shards = open_split(make_shards({"train": documents}), "train")
-    stream = small_stream(max_part_tokens=50)(shards, T, seed=0)
-    windows, _ = reference_epoch([documents[0][:1], documents[0][1:]], 0, 0, group_size=8)
-    assert sorted(t for w in epoch_of(stream, 0) for t in w) == sorted(t for w in windows for t in w)
+    documents = [list(range(500)), list(range(600, 620)), list(range(1000, 1100))]
+    shards = open_split(make_shards({"train": [documents]}), "train")
+    stream = small_stream(part_tokens=50)(shards, T, seed=0)
+    windows, _ = reference_epoch([documents[:1], documents[1:2], documents[2:]], 0, 0, group_size=8)
+    assert epoch_of(stream, 0) == windows
 
 
 def test_batches_span_epochs(shards):
@@ -207,7 +215,7 @@ def test_golden_order(make_shards):
     documents = [[[100 * shard + 10 * i, 100 * shard + 10 * i + 1] for i in range(3)] for shard in range(4)]
     stream = small_stream(group_size=2)(open_split(make_shards({"train": documents}), "train"), 5, seed=1337)
     assert epoch_of(stream, 1) == GOLDEN_STREAM, ADVICE
-    assert (TokenStream.max_part_tokens, TokenStream.group_size) == (100_000_000, 8), ADVICE
+    assert (TokenStream.part_tokens, TokenStream.group_size) == (100_000_000, 8), ADVICE
 
 
 def test_permutations_are_unrelated():

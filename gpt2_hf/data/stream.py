@@ -17,7 +17,7 @@ at the very end. A window may run over the end of a document, a shard or a group
 
 Why groups: neighbouring windows come from one shard, and files tend to differ (crawl date, source). Shuffling inside
 one shard leaves that order visible in the loss; shuffling across 8 hides it, and only 8 shards' document tables are
-in memory. A file of more than 100M tokens counts as several shards, cut between documents, which bounds the tables.
+in memory. A large file counts as several shards of about 100M tokens, cut between documents, which bounds the tables.
 
 Global sample g, counted from the start of the run, is window g % n_windows of epoch g // n_windows. Step s takes
 samples sG ... (s + 1)G - 1 for a global batch of G, across the end of an epoch if need be, and each rank takes its own
@@ -63,9 +63,10 @@ class _Part:
     n_tokens: int
 
 
-def _cut(shard: Shard, max_tokens: int) -> list[_Part]:
-    """The file as parts of about max_tokens at most, cut at the first document end past each even share."""
-    n_parts = -(-shard.n_tokens // max_tokens)
+def _cut(shard: Shard, part_tokens: int) -> list[_Part]:
+    """The file as parts of about part_tokens, cut at the first document end past each even share."""
+    # To the nearest number, not up: a file of 100M tokens ends with a whole document, a little over, and is one part.
+    n_parts = (shard.n_tokens + part_tokens // 2) // part_tokens
     if n_parts <= 1:
         return [_Part(shard, slice(0, shard.n_documents), shard.n_tokens)] if shard.n_tokens else []
     ends = shard.document_ends()
@@ -111,7 +112,7 @@ class TokenStream:
     thread. Raises ShardError when the split is too short for one window.
     """
 
-    max_part_tokens = 100_000_000  # both are part of the order: a run must resume with the values it began with
+    part_tokens = 100_000_000  # both are part of the order: a run must resume with the values it began with
     group_size = 8
 
     def __init__(self, shards: ShardSet, seq_len: int, seed: int, shuffle: bool = True):
@@ -126,7 +127,7 @@ class TokenStream:
                 f"split '{shards.split}' has {shards.n_tokens:,} tokens, one window needs seq_len + 1 = "
                 f"{seq_len + 1:,}: prepare more data or lower seq_len"
             )
-        self._parts = [part for shard in shards.shards for part in _cut(shard, self.max_part_tokens)]
+        self._parts = [part for shard in shards.shards for part in _cut(shard, self.part_tokens)]
         n_parts = len(self._parts)
         n_groups = max(1, (n_parts + self.group_size // 2) // self.group_size)
         self._groups = list(pairwise(n_parts * i // n_groups for i in range(n_groups + 1)))

@@ -120,8 +120,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of ``softmax(hidden @ weight.T)`` against ``labels``.
 
-    Without gradients the head is computed only where there is a label. GEMMs run in the autocast dtype if there is one, else in
-    ``hidden``'s; the softmax in fp32.
+    Without gradients the head is computed only where there is a label. GEMMs run in the autocast dtype if there is
+    one, else in ``hidden``'s; the softmax in fp32.
 
     Args:
         hidden: (..., C).
@@ -168,6 +168,8 @@ def _nll(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> 
     nll = torch.zeros(len(labels), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
     padded = _pad_rows(weight, dtype)
     x, kept_labels = hidden[keep].to(dtype), labels[keep]
+    # Full batches have training's shapes; a count of labels that varies would build a kernel for each.
+    stats = LossKernels.stats if len(keep) == len(labels) else softmax_stats
     for rows in _chunks(len(x), len(padded), x.element_size()) if len(x) else []:
-        nll[keep[rows]] = LossKernels.stats(x[rows] @ padded.T, kept_labels[rows], len(weight))[1]
+        nll[keep[rows]] = stats(x[rows] @ padded.T, kept_labels[rows], len(weight))[1]
     return nll

@@ -52,6 +52,11 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights  # (B, T, H, D)
 
 
+class ResidualProjection(Conv1D):
+    """A projection whose output is added to the residual stream. A class of its own, because transformers offers only
+    modules that own parameters to ``_init_weights``, not the attention or MLP around them."""
+
+
 class GPTAttention(nn.Module):
     """Causal self-attention, computed by whichever backend ``config._attn_implementation`` names."""
 
@@ -68,7 +73,7 @@ class GPTAttention(nn.Module):
         self.upcast = config.reorder_and_upcast_attn
         self.dropout = config.attn_pdrop
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.c_proj = ResidualProjection(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
@@ -93,7 +98,7 @@ class GPTMLP(nn.Module):
         n_inner = config.n_inner or 4 * config.n_embd
         self.c_fc = Conv1D(n_inner, config.n_embd)
         self.act = ACT2FN[config.activation_function]
-        self.c_proj = Conv1D(config.n_embd, n_inner)
+        self.c_proj = ResidualProjection(config.n_embd, n_inner)
         self.dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,19 +127,19 @@ class GPTPreTrainedModel(PreTrainedModel):
     config: GPTConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("GPTBlock",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["GPTBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {  # noqa: RUF012 - transformers reads it as a plain dict
+    _can_record_outputs = {
         "hidden_states": GPTBlock,
         "attentions": OutputRecorder(GPTAttention, index=1),
     }
     # Causal masks that old hub files carry as buffers; the mask is computed here.
-    _keys_to_ignore_on_load_unexpected = (r"attn\.bias$", r"attn\.masked_bias$")
+    _keys_to_ignore_on_load_unexpected = [r"attn\.bias$", r"attn\.masked_bias$"]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         if not isinstance(config, GPTConfig):  # a stock GPT2Config, from AutoConfig for example
@@ -148,22 +153,21 @@ class GPTPreTrainedModel(PreTrainedModel):
         """GPT-2's initialisation (Radford et al. 2019, section 2.3, and OpenAI's released code), all in one place."""
         std = self.config.initializer_range
         if isinstance(module, Conv1D):
-            init.normal_(module.weight, std=std)
+            # 2 * n_layer projections add to the residual stream: shrink each, so that its variance does not grow.
+            shrink = math.sqrt(2 * self.config.n_layer) if isinstance(module, ResidualProjection) else 1
+            init.normal_(module.weight, std=std / shrink)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding | nn.Linear):
-            init.normal_(module.weight, std=std)
+            init.normal_(module.weight, std=std / 2 if module is self.base_model.wpe else std)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, GPTAttention | GPTMLP):
-            # 2 * n_layer projections add to the residual stream: shrink each so that its variance does not grow.
-            init.normal_(module.c_proj.weight, std=std / math.sqrt(2 * self.config.n_layer))
-        elif isinstance(module, GPTModel):
-            init.normal_(module.wpe.weight, std=std / 2)
 
 
 class GPTModel(GPTPreTrainedModel):
     """The decoder without its head: token ids (B, T) to hidden states (B, T, C)."""
+
+    _input_embed_layer = "wte"
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
@@ -175,12 +179,6 @@ class GPTModel(GPTPreTrainedModel):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.wte = value
 
     @can_return_tuple
     @capture_outputs
@@ -223,7 +221,7 @@ class GPTModel(GPTPreTrainedModel):
 class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
     """GPT-2 with its language-modelling head: reads and writes stock ``gpt2`` checkpoints."""
 
-    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012 - read as a plain dict
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)

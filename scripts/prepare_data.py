@@ -1,0 +1,30 @@
+"""Turn documents into the token shards that training reads.
+
+python scripts/prepare_data.py --config recipes/data/shakespeare.yaml
+python scripts/prepare_data.py my.jsonl 'more/*.parquet' --out data/mine --val_documents 100
+python scripts/prepare_data.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out data/fineweb_edu_10bt
+"""
+
+import sys
+
+
+def main() -> None:
+    # Imported here because every worker process imports this file again, and needs none of it.
+    from gpt2_hf.config import parse_cli
+    from gpt2_hf.data.prepare import PrepareConfig, prepare
+
+    try:
+        prepare(parse_cli(PrepareConfig, positional="inputs"))
+    except ImportError as error:
+        fail(f"{error}: install what preparation needs with pip install 'gpt2_hf[data]'")
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""How a recipe and the command line become a RunConfig, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gpt2_hf.config import ConfigError, RunConfig, TrainSection, parse_cli
+
+RECIPES = sorted(Path(__file__).parent.parent.glob("recipes/*.yaml"))
+
+
+def parse(*argv: str) -> RunConfig:
+    return parse_cli(RunConfig, list(argv))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("train: {steps: 1e3, seed: 5}\noptim: {lr: 3e-4, betas: [0.8, 0.9]}\nmodel: {n_layer: null}\n")
+    return str(path)
+
+
+def test_precedence_wherever_the_recipe_stands(recipe):
+    for argv in (
+        ["--config", recipe, "--train.seed", "7"],
+        ["--train.seed=7", "--config", recipe],
+        ["--train.seed", "7", f"--config={recipe}"],
+    ):
+        config = parse(*argv)
+        assert (config.train.seed, config.train.steps, config.optim.lr) == (7, 1000, 3e-4)
+        assert config.optim.betas == (0.8, 0.9)
+        assert config.optim.eps == RunConfig().optim.eps
+
+
+def test_numbers_as_people_write_them():
+    config = parse("--train.steps", "1e6", "--train.global_batch_tokens", "524_288", "--optim.lr", "1e-3")
+    assert config.train.steps == 1_000_000 and isinstance(config.train.steps, int)
+    assert config.train.global_batch_tokens == 524_288
+    assert config.optim.lr == 1e-3
+    assert parse("--model.n_embd", "1e3", "--model.n_head", "10").model.n_embd == 1000
+    assert parse("--train.trackers", "[tensorboard]", "--train.run_dir", "1e3").train.run_dir == "1e3"
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--train.stepz", "3"], "did you mean 'train.steps'"),
+        (["--train.l", "3"], "unknown key 'train.l'"),
+        (["--train.lr", "3"], "did you mean 'optim.lr'"),
+        (["--lr", "3"], "did you mean 'optim.lr'"),
+        (["--train.steps", "1.5"], "train.steps"),
+        (["--train.steps"], "needs a value"),
+        (["--optim.name", "sgd"], "optim.name"),
+        (["--train.steps", "0"], "must be positive, not 0"),
+        (["--data.seq_len", "2048"], "longer than the model's 1024 positions"),
+        (["--model.n_head", "7"], "multiple of n_head"),
+        (["--config", "nowhere.yaml"], "no recipe nowhere.yaml"),
+        (["--config"], "needs the path"),
+        (["stray"], "stray"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message.startswith("error: ") and message.count("\n") == 1 and words in message
+
+
+def test_mistakes_in_a_recipe_name_the_file(tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    for text, words in (("train: {stepz: 3}", "did you mean 'train.steps'"), ("- a", "mapping"), ("a: [", "")):
+        path.write_text(text)
+        with pytest.raises(SystemExit):
+            parse("--config", str(path))
+        message = capsys.readouterr().err
+        assert "bad.yaml" in message and words in message and message.count("\n") == 1
+
+
+def test_help_explains_every_knob(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "--optim.max_grad_norm" in text and "one of OpenAI's sizes" in text
+
+
+def test_resolved_config_reads_back_equal(tmp_path, recipe):
+    config = parse("--config", recipe, "--train.trackers", "[tensorboard, wandb]")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert parse("--config", str(tmp_path / "config.yaml")) == config
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_are_valid_and_divide_on_1_and_8_processes(path):
+    config = parse("--config", str(path))
+    config.model.gpt_config()
+    assert config.train.run_dir == f"runs/{path.stem}"
+    for world_size in (1,) if path.stem == "demo" else (1, 8):
+        assert config.grad_accum_steps(world_size) >= 1
+
+
+def test_every_knob_is_used_by_a_recipe_or_has_a_stated_reason():
+    """Knobs multiply if nobody counts them. A new one belongs in a recipe, or in this list with its reason."""
+    reasons = {
+        "vocab_size": "other tokenizers",
+        "attn_implementation": "what auto picks can be wrong",
+        "eps": "published value, ablations",
+        "betas": "published value, ablations",
+        "max_grad_norm": "published value, ablations",
+        "muon_momentum": "published value, ablations",
+        "seed": "repeated runs",
+        "precision": "what auto picks can be wrong",
+        "compile": "what auto picks can be wrong",
+        "tf32": "exactness",
+        "deterministic": "exactness",
+        "overfit_batch": "debugging",
+        "trackers": "needs an account or a package",
+        "sample_prompt": "taste",
+        "sample_count": "taste",
+        "sample_tokens": "taste",
+    }
+    used = {key for path in RECIPES for section in yaml.safe_load(path.read_text()).values() for key in section}
+    knobs = {key for section in yaml.safe_load(RunConfig().to_yaml()).values() for key in section}
+    assert knobs - used - reasons.keys() == set()
+    assert reasons.keys() - knobs == set()
+
+
+def test_batch_sizes_that_do_not_divide_name_the_nearest_that_do():
+    config = RunConfig(train=TrainSection(global_batch_tokens=500_000, micro_batch_size=64))
+    with pytest.raises(ConfigError, match="458752 and 524288"):
+        config.grad_accum_steps(1)
+    config = RunConfig(train=TrainSection(global_batch_tokens=524_288, micro_batch_size=24))
+    with pytest.raises(ConfigError, match="micro_batch_size 16 or 32"):
+        config.grad_accum_steps(1)
+    for world_size, micro_batch_size, expected in ((1, 64, 8), (8, 64, 1), (2, 4, 64)):
+        config = RunConfig(train=TrainSection(micro_batch_size=micro_batch_size))
+        assert config.grad_accum_steps(world_size) == expected

@@ -1,0 +1,91 @@
+"""The fused head and loss against cross_entropy on full logits, in float64 and with an error budget below."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt2_hf.model import loss as loss_module
+from gpt2_hf.model.loss import linear_cross_entropy
+
+
+def reference(hidden, weight, labels, divisor=None):
+    logits = hidden.double() @ weight.double().T
+    total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum")
+    return total / (divisor or (labels != -100).sum())
+
+
+def inputs(dtype=torch.float64, vocab_size=307):
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 50, 16).to(dtype).requires_grad_()
+    weight = (0.5 * torch.randn(vocab_size, 16)).to(dtype).requires_grad_()
+    labels = torch.randint(vocab_size, (3, 50))
+    labels[0, :7] = -100
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**28, 384 * 8 * 130])  # one chunk; several, the last one shorter
+@pytest.mark.parametrize("divisor", [None, 1000])
+def test_loss_and_gradients_in_float64(monkeypatch, chunk_bytes, divisor):
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", chunk_bytes)
+    hidden, weight, labels = inputs()
+    loss = linear_cross_entropy(hidden, weight, labels, divisor)
+    expected = reference(hidden, weight, labels, divisor)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    # An upstream factor stands for a gradient scaler or someone else's division.
+    got = torch.autograd.grad(3 * loss, (hidden, weight))
+    for a, b in zip(got, torch.autograd.grad(3 * expected, (hidden, weight)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize(("dtype", "budget"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_error_budget_per_dtype(dtype, budget):
+    hidden, weight, labels = inputs(torch.float32)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = linear_cross_entropy(hidden, weight, labels)
+    expected = reference(hidden, weight, labels)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=budget)
+    got = torch.autograd.grad(loss, (hidden, weight))
+    for a, b in zip(got, torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        assert a.dtype == torch.float32
+        assert (a - b).norm() <= budget * b.norm()
+
+
+def test_without_gradients_and_reductions():
+    hidden, weight, labels = inputs()
+    with torch.no_grad():
+        each = linear_cross_entropy(hidden, weight, labels, reduction="none")
+        expected = F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten(), reduction="none").view(3, 50)
+        torch.testing.assert_close(each, expected)  # torch gives 0 at ignored labels too
+        assert (each[0, :7] == 0).all()
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels), each.sum() / 143)
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, reduction="sum"), each.sum())
+        nothing = linear_cross_entropy(hidden, weight, torch.full_like(labels, -100), reduction="none")
+        assert nothing.shape == (3, 50) and not nothing.any()
+    with pytest.raises(ValueError, match="no_grad"):
+        linear_cross_entropy(hidden, weight, labels, reduction="none")
+    with pytest.raises(ValueError, match="reduction"):
+        linear_cross_entropy(hidden, weight, labels, reduction="avg")
+
+
+def test_padding_of_the_vocabulary_takes_no_part():
+    """All logits far below 0: columns of zeros would swallow the probability."""
+    hidden, weight, labels = inputs()
+    weight = weight.detach() - 100 * hidden.detach().mean((0, 1)).sign()
+    hidden = hidden.detach().abs()
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, -weight.abs() * 10, labels)
+    torch.testing.assert_close(loss, reference(hidden, -weight.abs() * 10, labels))
+
+
+def test_compiled_kernels_agree(monkeypatch):
+    hidden, weight, labels = inputs(torch.float32)
+    eager = linear_cross_entropy(hidden, weight, labels)
+    eager_grads = torch.autograd.grad(eager, (hidden, weight))
+    for name in ("stats", "grad"):
+        monkeypatch.setattr(loss_module.LossKernels, name, getattr(loss_module.LossKernels, name))  # restored after
+    loss_module.LossKernels.compile(dynamic=False)
+    compiled = linear_cross_entropy(hidden, weight, labels)
+    torch.testing.assert_close(compiled, eager)
+    for a, b in zip(torch.autograd.grad(compiled, (hidden, weight)), eager_grads, strict=True):
+        torch.testing.assert_close(a, b)
