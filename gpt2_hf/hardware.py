@@ -133,3 +133,7 @@ def describe(device: torch.device) -> str:
     except (OSError, StopIteration):
         pass
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{name} ({device.type})"
+
+
+if __name__ == "__main__":  # for the Makefile: which of accelerate_configs/ fits this machine
+    print("single_gpu" if torch.accelerator.is_available() else "cpu")

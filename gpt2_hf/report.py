@@ -147,6 +147,31 @@ def format_tokens(tokens: float) -> str:
     return f"{tokens:.4g}"
 
 
+def summarize(run_dir: str | Path) -> str:
+    """What a finished run came to, in a few lines for a terminal, and how to use its model."""
+    run_dir = Path(run_dir)
+    last: dict[str, Any] = {}
+    for row in read_rows(run_dir / "metrics.jsonl"):
+        last |= row
+    lines = [f"{run_dir}: {last.get('step', 0):,} steps, {format_tokens(last.get('tokens_seen', 0))} tokens"]
+    if "val_loss" in last:
+        lines.append(f"validation loss    {last['val_loss']:.4f} nats per token, {last['val_bpb']:.4f} bits per byte")
+    if "hellaswag_items" in last:
+        n_items, error = last["hellaswag_items"], last["hellaswag_stderr"]
+        some = "" if n_items == HELLASWAG_ITEMS else f", a fixed subset of {HELLASWAG_ITEMS:,}"
+        lines.append(
+            f"HellaSwag          {last['hellaswag_lecture_acc']:.4f} the lecture's way, {last['hellaswag_acc']:.4f} "
+            f"lm-eval acc, {last['hellaswag_acc_norm']:.4f} acc_norm"
+        )
+        lines.append(f"                   {n_items:,} items{some}; standard error {error:.4f}, chance 0.25")
+    lines += [f"sample             {text!r}" for text in last.get("samples", ())[:1]]
+    if (run_dir / "curves.png").exists():
+        lines.append(f"curves             {run_dir / 'curves.png'}")
+    lines.append("in stock transformers:")
+    lines.append(f"  transformers.pipeline('text-generation', '{run_dir / 'final'}')('ROMEO:')[0]['generated_text']")
+    return "\n".join(lines)
+
+
 def _title(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         return f"{len(runs)} runs"

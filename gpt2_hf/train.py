@@ -38,7 +38,7 @@ from .metrics import RunLog, Throughput, flops_per_token, peak_memory_gb
 from .model import GPTForCausalLM
 from .model.loss import LossKernels
 from .optim import build_optimizers, lr_at, set_lr
-from .report import plot_curves
+from .report import ReportError, plot_curves, summarize
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -61,6 +61,7 @@ def train(config: RunConfig) -> Path:
             f"{run_dir} is finished: {start_step:,} steps, the model is in {run_dir / 'final'}. To start over, delete "
             f"that folder or choose another --train.run_dir; to train longer, raise --train.steps."
         )
+        state.print(summarize(run_dir))
         return run_dir / "final"
 
     transformers.utils.logging.disable_progress_bar()  # bars for saving and loading would break ours
@@ -119,8 +120,9 @@ def train(config: RunConfig) -> Path:
         checkpoint.write_folder(run_dir / "final", lambda path: write_model(path, bare_model, weights, tokenizer))
         try:
             plot_curves(run_dir)
-        except ImportError as error:
+        except (ImportError, ReportError) as error:
             print(error)
+        print(summarize(run_dir))
     accelerator.end_training()
     return run_dir / "final"
 

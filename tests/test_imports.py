@@ -1,0 +1,93 @@
+"""Imports run one way, and heavy packages load only when they are used."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "gpt2_hf"
+
+# Module -> the modules of ours that it may import. A new arrow is a decision: think before adding it.
+ALLOWED = {
+    "__init__": {"model"},
+    "model.__init__": {"model.configuration_gpt", "model.modeling_gpt"},
+    "model.configuration_gpt": set(),
+    "model.loss": set(),
+    "model.modeling_gpt": {"model.configuration_gpt", "model.loss"},
+    "data.__init__": set(),
+    "data.shards": set(),
+    "data.stream": {"data.shards"},
+    "data.tokenizer": set(),
+    "data.prepare": {"data.tokenizer"},
+    "config": {"model.configuration_gpt"},
+    "hardware": set(),
+    "optim": {"config"},
+    "checkpoint": set(),
+    "metrics": {"model.configuration_gpt"},
+    "report": {"metrics"},
+    "generate": {"model"},
+    "evaluate": {"data.shards", "data.stream", "data.tokenizer", "model"},
+    "train": {
+        "checkpoint",
+        "config",
+        "data.shards",
+        "data.stream",
+        "data.tokenizer",
+        "evaluate",
+        "generate",
+        "hardware",
+        "metrics",
+        "model",
+        "model.loss",
+        "optim",
+        "report",
+    },
+}
+HEAVY = ("datatrove", "datasets", "lm_eval", "matplotlib", "tiktoken", "pyarrow", "jsonargparse")
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imports_of(path: Path) -> set[str]:
+    """Dotted names below gpt2_hf that a file imports, wherever in the file."""
+    package = ["gpt2_hf", *path.relative_to(PACKAGE).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # `from . import checkpoint` names modules; `from .config import RunConfig` names a module's content.
+            names = [f"{module}.{a.name}" for a in node.names] if module == "gpt2_hf" else [module]
+        else:
+            continue
+        found |= {name.removeprefix("gpt2_hf.") for name in names if name.startswith("gpt2_hf.")}
+    return found
+
+
+def test_imports_run_one_way():
+    files = {module_name(path): path for path in PACKAGE.rglob("*.py") if "assets" not in path.parts}
+    assert files.keys() == ALLOWED.keys()
+    for name, path in files.items():
+        assert imports_of(path) - ALLOWED[name] == set(), name
+
+
+def test_the_model_folder_can_travel():
+    """Only relative imports of siblings: transformers copies these files beside the weights."""
+    for path in (PACKAGE / "model").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1 and "." not in (node.module or "")
+
+
+def test_training_needs_no_optional_package():
+    program = f"""
+import sys
+import gpt2_hf.train
+print([name for name in {HEAVY!r} if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
