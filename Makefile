@@ -24,7 +24,7 @@ $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python scripts/prepare_data.py --config recipes/data/shakespeare.yaml
-	$(BIN)/accelerate launch --config_file accelerate_configs/$$($(BIN)/python -m gpt2_hf.hardware).yaml \
+	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/$$($(BIN)/python -m gpt2_hf.hardware).yaml \
 		scripts/pretrain.py --config recipes/demo.yaml
 
 test: setup

@@ -53,7 +53,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         for path in (*files, manifest, *(p for p in temporary.rglob("*") if p.is_dir()), temporary):
             _flush(path)
         if folder.exists():
-            shutil.rmtree(folder)
+            _delete(folder)
         os.replace(temporary, folder)
         _flush(folder.parent)
     except BaseException:
@@ -78,6 +78,13 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def same_weights(a: Path, b: Path) -> bool:
+    """Whether two whole folders hold the same weights, by their manifests."""
+    first, second = (json.loads((folder / MANIFEST).read_text()) for folder in (a, b))
+    names = {name for name in (first | second) if name.endswith(".safetensors")}
+    return all(first.get(name) == second.get(name) for name in names)
+
+
 def saved_steps(root: Path) -> dict[int, Path]:
     """Step -> folder of the checkpoints under ``root``, in order, whole or not."""
     found = {int(m[1]): path for path in root.glob("step-*") if (m := _STEP_FOLDER.fullmatch(path.name))}
@@ -98,11 +105,8 @@ def prune(root: Path, keep_last: int, keep_every: int) -> None:
     steps = list(saved_steps(root).items())
     for step, path in steps[: max(0, len(steps) - keep_last)]:
         if not keep_every or step % keep_every:
-            # Renamed first: a kill in the middle of the deletion must not leave a folder that looks like a checkpoint.
-            doomed = path.with_name(f".{path.name}.deleting")
-            os.replace(path, doomed)
-            shutil.rmtree(doomed)
-    for left_over in root.glob(".step-*.deleting"):
+            _delete(path)
+    for left_over in (*root.glob(".step-*.deleting"), *root.glob(".step-*.writing")):
         shutil.rmtree(left_over, ignore_errors=True)
 
 
@@ -125,7 +129,7 @@ def load_trainer_state(folder: Path, model: nn.Module, optimizers: Sequence[Opti
         for optimizer in optimizers
         for group in optimizer.param_groups
     ]
-    state = torch.load(folder / TRAINER_STATE / "optimizer.pt", map_location="cpu", weights_only=True)
+    state = torch.load(folder / TRAINER_STATE / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
     set_optimizer_state_dict(model, optimizers, state, options=_WHOLE)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group, setting in zip(groups, settings, strict=True):
@@ -145,6 +149,14 @@ def write_trainer_state(folder: Path, optimizer_state: dict[str, Any], state: di
 
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def _delete(folder: Path) -> None:
+    # Renamed first: a kill in the middle must not leave half a folder under a name that promises a whole one.
+    doomed = folder.with_name(f".{folder.name}.deleting")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def _sha256(path: Path) -> str:

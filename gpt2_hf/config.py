@@ -205,10 +205,25 @@ class RunConfig:
             "optim.max_grad_norm": self.optim.max_grad_norm,
             "checkpoint.keep_last": self.checkpoint.keep_last,
             "eval.val_tokens": self.eval.val_tokens,
+            "eval.sample_count": self.eval.sample_count,
+            "eval.sample_tokens": self.eval.sample_tokens,
         }
         for name, value in positive.items():
             if value <= 0:
                 raise ConfigError(f"{name} must be positive, not {value}")
+        at_least_0 = {
+            f"{section}.{name}": value
+            for section in ("optim", "eval", "checkpoint")
+            for name, value in dataclasses.asdict(getattr(self, section)).items()
+            if isinstance(value, int | float)
+        }
+        for name, value in at_least_0.items():
+            if value < 0:
+                raise ConfigError(f"{name} must not be negative, is {value}")
+        if not 0 <= self.model.dropout < 1:
+            raise ConfigError(f"model.dropout must be in [0, 1), is {self.model.dropout}")
+        if not 1 <= self.eval.hellaswag_items <= 10_042:
+            raise ConfigError(f"eval.hellaswag_items must be 1 to 10042 (all), is {self.eval.hellaswag_items}")
         n_positions = self.model.gpt_config().n_positions
         if self.data.seq_len > n_positions:
             raise ConfigError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import shutil
+import sysconfig
 import time
 from pathlib import Path
 
@@ -13,12 +15,12 @@ import torch
 # Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets. First match by name wins.
 _PEAK_BF16 = (
     ("B200", 2250e12),
-    ("GB200", 2250e12),
     ("H200", 989e12),
     ("H100 PCIe", 756e12),
     ("H100", 989e12),
     ("A100", 312e12),
     ("L40S", 362e12),
+    ("L40", 181e12),
     ("L4", 121e12),
     ("A10G", 70e12),
     ("RTX 5090", 210e12),
@@ -37,6 +39,7 @@ def default_precision(device: torch.device) -> str:
     return "fp32"
 
 
+@functools.cache
 def _cpu_has_bf16() -> bool:
     # Without these instructions bf16 products are emulated, and several times slower than fp32.
     try:
@@ -60,11 +63,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return _measure_gemm(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matrix product"
 
 
-def _measure_gemm(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
+def _measure_gemm(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    # Large enough that launching the kernel and waiting for it do not count.
+    size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    while best == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()
         product = a @ a
         product[0, 0].item()  # waits for the device
@@ -72,10 +77,11 @@ def _measure_gemm(device: torch.device, dtype: torch.dtype, size: int = 1024, se
     return 2 * size**3 / best
 
 
-def choose_attention(requested: str, device: torch.device, precision: str) -> tuple[str, str]:
+def choose_attention(requested: str, device: torch.device, precision: str, dropout: float) -> tuple[str, str]:
     """The attention backend to use, and why: ``(name, reason)``.
 
-    "auto" takes the newest installed FlashAttention on CUDA in half precision, else PyTorch's own fused attention.
+    "auto" takes the newest FlashAttention that is installed and can do the job, on CUDA in half precision; else
+    PyTorch's own fused attention.
     """
     if requested != "auto":
         return requested, "asked for"
@@ -83,17 +89,20 @@ def choose_attention(requested: str, device: torch.device, precision: str) -> tu
         return "sdpa", f"PyTorch's fused attention, on {device.type} in {precision}"
     import transformers.utils as hf
 
-    for version in (4, 3, 2):
+    capability = torch.cuda.get_device_capability(device)
+    for version, needs, has_dropout in ((4, (9, 0), False), (3, (9, 0), False), (2, (8, 0), True)):
         available = getattr(hf, f"is_flash_attn_{version}_available", None)
-        if available is not None and available():
-            return f"flash_attention_{version}", "the newest FlashAttention installed"
-    return "sdpa", "PyTorch's fused attention; `pip install gpt2_hf[flash]` would add FlashAttention"
+        if capability >= needs and (has_dropout or not dropout) and available is not None and available():
+            return f"flash_attention_{version}", "the newest FlashAttention installed that fits"
+    return "sdpa", "PyTorch's fused attention; pip install flash-attn would add FlashAttention"
 
 
 def compile_obstacle(device: torch.device) -> str | None:
     """Why torch.compile cannot work here, or None when it can."""
     if device.type == "mps":
         return "torch.compile is not mature on MPS"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "no Python headers found (Debian and Ubuntu: the package python3-dev)"
     if device.type == "cpu":
         from torch._inductor import config, exc
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -109,7 +118,7 @@ def compile_obstacle(device: torch.device) -> str | None:
 
 
 def reuse_freed_memory() -> None:
-    """Make glibc reuse freed memory instead of returning it to the system after every step.
+    """Make glibc reuse freed memory instead of returning it to the system after every step, for training on a CPU.
 
     Tensors of some megabytes are otherwise mapped and unmapped, page by page, each time: without it CPU training is
     about a quarter slower. No effect on other C libraries.

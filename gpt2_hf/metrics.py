@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +63,24 @@ class Throughput:
 
 
 class RunLog:
-    """A run's progress bar and its metrics.jsonl; silent on all ranks but the first.
+    """A run's progress bar, its metrics.jsonl and trackers; silent on all ranks but the first.
 
     Each row is a JSON object with ``step``, ``tokens_seen`` and what was measured then. Opening the log for a run that
     resumes after ``start_step`` drops what a killed run wrote later: those steps are made again.
     """
 
-    def __init__(self, run_dir: Path, start_step: int, total_steps: int, tokens_per_step: int, enabled: bool):
+    def __init__(
+        self,
+        run_dir: Path,
+        start_step: int,
+        total_steps: int,
+        tokens_per_step: int,
+        enabled: bool,
+        track: Callable[..., None] | None = None,
+    ):
         self.tokens_per_step = tokens_per_step
         self.enabled = enabled
+        self.track = track
         # A log file gets a line every 15 seconds, a terminal a live bar.
         self.bar = tqdm(
             total=total_steps,
@@ -89,12 +99,14 @@ class RunLog:
             os.replace(temporary, path)
             self._file = path.open("a", buffering=1)
 
-    def write(self, step: int, row: dict[str, Any]) -> dict[str, Any]:
-        """Write a row, if there is anything in it, and show its main figures; returns the whole row."""
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        """Write a row, if there is anything in it, hand it to the trackers, and show its main figures."""
         if not (row and self.enabled):
-            return row
+            return
         row = {"step": step, "tokens_seen": step * self.tokens_per_step, **row}
         self._file.write(json.dumps(row) + "\n")
+        if self.track:
+            self.track({key: value for key, value in row.items() if not isinstance(value, list)}, step=step)
         if "train_loss" in row:
             shown = {"loss": f"{row['train_loss']:.4f}", "lr": f"{row['lr']:.2e}"}
             if "mfu" in row:
@@ -110,7 +122,6 @@ class RunLog:
             )
         for text in row.get("samples", ()):
             self.say(f"step {step}: sample: {text!r}")
-        return row
 
     def say(self, text: str) -> None:
         if self.enabled:

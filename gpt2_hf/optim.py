@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from . import hardware
 from .config import OptimSection
 
 
 def lr_at(step: int, total_steps: int, config: OptimSection) -> float:
-    """Learning rate of update ``step`` (0-based) as a share of its peak, in (0, 1].
+    """Learning rate of update ``step`` (0-based) as a share of its peak, in [0, 1].
 
     Linear warm-up that reaches the peak at update ``warmup_steps - 1``; then half a cosine, or a plateau with a linear
     end (trapezoid), down to ``min_lr_ratio`` at ``total_steps``, where it stays.
@@ -64,19 +65,35 @@ def set_lr(optimizers: Iterable[Optimizer], share: float) -> None:
             group["lr"] = share * group["peak_lr"]
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+def step_optimizers(optimizers: Iterable[Optimizer], scaler: torch.amp.GradScaler | None) -> None:
+    """Update with each optimizer and clear its gradients; under fp16 the scaler skips those that overflowed.
+
+    Not by Accelerate's wrappers: each updates the scaler, after which the next unscales its gradients a second time.
+    """
+    for optimizer in optimizers:
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    if scaler is not None:
+        scaler.update()
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
     """Push all singular values of each matrix towards 1, keeping its singular vectors, without an SVD.
 
     Newton-Schulz iteration with the quintic of Jordan et al. 2024 ("Muon"), whose coefficients trade exactness
-    (values end between about 0.7 and 1.2) for speed. In bf16, where the device has it, the result is as good.
+    (values end between about 0.7 and 1.2) for speed.
 
     Args:
         matrices: (n, rows, cols).
+        dtype: to compute in; bf16 is as good, and faster where the device has it.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if wide else matrices  # fewer rows than columns makes the Gram matrix small
-    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -115,7 +132,9 @@ class Muon(Optimizer):
                 for part, part_update in zip(p.chunk(side_by_side, 1), update.chunk(side_by_side, 1), strict=True):
                     blocks.setdefault(part.shape, []).append((part, part_update))
             for shape, pairs in blocks.items():
-                directions = orthogonalize(torch.stack([update for _, update in pairs]))
+                updates = torch.stack([update for _, update in pairs])
+                has_bf16 = hardware.default_precision(updates.device) == "bf16"
+                directions = orthogonalize(updates, dtype=torch.bfloat16 if has_bf16 else torch.float32)
                 # AdamW's updates have a root mean square of 0.2 to 0.4; an orthogonal matrix has 1 / sqrt(longer side).
                 scale = 0.2 * math.sqrt(max(shape))
                 for (part, _), direction in zip(pairs, directions, strict=True):

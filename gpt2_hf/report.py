@@ -104,7 +104,7 @@ def build_figure(runs: Sequence[Run]) -> Figure:
         from matplotlib.figure import Figure  # without pyplot: no global state, no window system
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError:
-        raise ImportError("drawing curves needs matplotlib: pip install gpt2_hf[report]") from None
+        raise ImportError("drawing curves needs matplotlib: pip install matplotlib") from None
 
     panels = [
         (draw, height)
@@ -168,7 +168,7 @@ def summarize(run_dir: str | Path) -> str:
     if (run_dir / "curves.png").exists():
         lines.append(f"curves             {run_dir / 'curves.png'}")
     lines.append("in stock transformers:")
-    lines.append(f"  transformers.pipeline('text-generation', '{run_dir / 'final'}')('ROMEO:')[0]['generated_text']")
+    lines.append(f"  transformers.pipeline('text-generation', '{run_dir / 'final'}')('ROMEO:', max_new_tokens=40)")
     return "\n".join(lines)
 
 

@@ -6,7 +6,6 @@ weights and the optimizer's state are in the checkpoint. So starting a run again
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -22,9 +21,12 @@ import accelerate
 import numpy as np
 import torch
 import transformers
+import yaml
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from . import checkpoint, hardware
@@ -37,9 +39,10 @@ from .generate import sample_text
 from .metrics import RunLog, Throughput, flops_per_token, peak_memory_gb
 from .model import GPTForCausalLM
 from .model.loss import LossKernels
-from .optim import build_optimizers, lr_at, set_lr
+from .optim import build_optimizers, lr_at, set_lr, step_optimizers
 from .report import ReportError, plot_curves, summarize
 
+SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
@@ -56,10 +59,10 @@ def train(config: RunConfig) -> Path:
     config.grad_accum_steps(state.num_processes)
     train_data, val_data = open_data(config)
     resume_from, start_step = find_start(config, train_data, state)
-    if start_step >= total_steps and checkpoint.damage(run_dir / "final") is None:
+    if is_finished(run_dir, resume_from, start_step >= total_steps):
         state.print(
-            f"{run_dir} is finished: {start_step:,} steps, the model is in {run_dir / 'final'}. To start over, delete "
-            f"that folder or choose another --train.run_dir; to train longer, raise --train.steps."
+            f"{run_dir} is finished, its model is in {run_dir / 'final'}. To start over, delete {run_dir} or choose "
+            f"another --train.run_dir; to train longer, raise --train.steps (from a checkpoint, if one was kept)."
         )
         state.print(summarize(run_dir))
         return run_dir / "final"
@@ -70,9 +73,11 @@ def train(config: RunConfig) -> Path:
     bare_model = build_model(config, resume_from, accelerator, precision)
     tokenizer = load_tokenizer()
     bare_optimizers = build_optimizers(bare_model, config.optim, state.device)
-    model, *optimizers = accelerator.prepare(bare_model, *bare_optimizers)
+    model, *_ = accelerator.prepare(bare_model, *bare_optimizers)
     if resume_from:
-        checkpoint.load_trainer_state(resume_from, bare_model, bare_optimizers)
+        saved = checkpoint.load_trainer_state(resume_from, bare_model, bare_optimizers)
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
     measure = build_measures(config, accelerator, bare_model, tokenizer, val_data)
     throughput = build_throughput(config, accelerator, bare_model, precision)
     log = open_log(config, accelerator, start_step, train_data, precision)
@@ -83,35 +88,37 @@ def train(config: RunConfig) -> Path:
 
         def write(folder: Path) -> None:
             write_model(folder, bare_model, weights, tokenizer)
-            checkpoint.write_trainer_state(folder, optimizer_state, identity(config, train_data) | {"step": step})
+            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+            progress = {"step": step, "scaler": scaler}
+            checkpoint.write_trainer_state(folder, optimizer_state, identity(config, train_data) | progress)
 
         if state.is_main_process:
             checkpoint.write_folder(run_dir / "checkpoints" / f"step-{step:08d}", write)
             checkpoint.prune(run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every)
         state.wait_for_everyone()
 
-    if start_step == 0:
-        log.write(0, measure(0))
-    with load_steps(config, train_data, start_step, accelerator) as batches:
+    with advice_on_memory(config, state.num_processes), load_steps(config, train_data, start_step, state) as batches:
+        if start_step == 0:
+            log.write(0, measure(0))
         for step, batch in enumerate(batches, start_step + 1):
             lr_share = lr_at(step - 1, total_steps, config.optim)
             set_lr(bare_optimizers, lr_share)
-            with advice_on_memory(config, state.num_processes):
-                loss, grad_norm = train_step(accelerator, model, optimizers, batch, step - 1, config)
+            loss, grad_norm = train_step(accelerator, model, bare_optimizers, batch, step - 1, config)
             log.bar.update()
+            saving = is_due(config.checkpoint.save_every, step, total_steps)
             row: dict[str, Any] = {}
-            if step % config.train.log_every == 0 or step == total_steps:
+            if saving or is_due(config.train.log_every, step, total_steps):
                 row = {"train_loss": float(accelerator.reduce(loss, "mean")), "lr": lr_share * config.optim.lr}
                 row |= {"grad_norm": float(grad_norm), "peak_memory": round(peak_memory_gb(state.device), 3)}
                 row |= throughput.measure(step)
-                stop_if_not_finite(row["train_loss"], step)
+                stop_if_not_finite(row, step, may_overflow=accelerator.scaler is not None)
             measured = measure(step)
-            row = log.write(step, row | measured)
-            accelerator.log({key: value for key, value in row.items() if not isinstance(value, list)}, step=step)
-            saving = step % config.checkpoint.save_every == 0 or step == total_steps
+            log.write(step, row | measured)
             if saving:
                 save(step)
             if measured or saving or step == start_step + 1:
+                if state.device.type == "cuda":
+                    torch.cuda.synchronize()
                 throughput.restart(step)  # what took time here was not training, or was compilation
 
     log.close()
@@ -130,7 +137,7 @@ def train(config: RunConfig) -> Path:
 def train_step(
     accelerator: Accelerator,
     model: nn.Module,
-    optimizers: Sequence[Any],
+    optimizers: Sequence[Optimizer],
     batch: Tensor,  # (grad_accum_steps, B, T + 1) int64
     step: int,
     config: RunConfig,
@@ -154,15 +161,19 @@ def train_step(
             accelerator.backward(loss)
         total = total + loss.detach()
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    step_optimizers(optimizers, accelerator.scaler)
     return total, grad_norm
 
 
-def open_data(config: RunConfig) -> tuple[ShardSet, ShardSet]:
-    """The training and validation splits, checked against the model."""
-    train_data, val_data = (open_split(config.data.path, split) for split in ("train", "val"))
+def is_due(every: int, step: int, total_steps: int) -> bool:
+    """Whether something with this interval (0: never) happens after ``step``; the last step has everything."""
+    return bool(every) and (step % every == 0 or step == total_steps)
+
+
+def open_data(config: RunConfig) -> tuple[ShardSet, ShardSet | None]:
+    """The training and validation splits, checked against the model; no validation split where none is scored."""
+    train_data = open_split(config.data.path, "train")
+    val_data = open_split(config.data.path, "val") if config.eval.val_every else None
     vocab_size = config.model.gpt_config().vocab_size
     if train_data.vocab_size > vocab_size:
         raise ConfigError(
@@ -170,10 +181,11 @@ def open_data(config: RunConfig) -> tuple[ShardSet, ShardSet]:
             f"leave out model.vocab_size, or prepare the data with the model's tokenizer"
         )
     for data in (train_data, val_data):
-        if data.n_tokens <= config.data.seq_len:
+        if data is not None and data.n_tokens <= config.data.seq_len:
             raise ConfigError(
                 f"{config.data.path}: the {data.split} split has {data.n_tokens:,} tokens, less than one window of "
-                f"data.seq_len + 1 = {config.data.seq_len + 1}; prepare more or lower data.seq_len"
+                f"data.seq_len + 1 = {config.data.seq_len + 1}; prepare more documents, lower data.seq_len"
+                + (", or train without validation: --eval.val_every 0" if data.split == "val" else "")
             )
     return train_data, val_data
 
@@ -181,7 +193,7 @@ def open_data(config: RunConfig) -> tuple[ShardSet, ShardSet]:
 def identity(config: RunConfig, data: ShardSet) -> dict[str, Any]:
     """What must not change in the middle of a run, because its curve would then mean nothing."""
     return {
-        "model": dataclasses.asdict(config.model) | {"attn_implementation": None},
+        **{f"model.{name}": getattr(config.model.gpt_config(), name) for name in SHAPE},
         "data": data.fingerprint,
         "data.seq_len": config.data.seq_len,
         "train.seed": config.train.seed,
@@ -192,35 +204,63 @@ def identity(config: RunConfig, data: ShardSet) -> dict[str, Any]:
 
 
 def find_start(config: RunConfig, data: ShardSet, state: PartialState) -> tuple[Path | None, int]:
-    """The checkpoint to go on from and its step, or (None, 0)."""
-    root = Path(config.train.run_dir) / "checkpoints"
-    found = checkpoint.newest_whole(root, warn=state.print)
-    if found is None:
-        return None, 0
-    saved = checkpoint.read_state(found)
-    for name, now in identity(config, data).items():
-        if saved[name] != now:
-            raise ConfigError(
-                f"{config.train.run_dir} holds a run with another {name} ({saved[name]}, now {now}); choose another "
-                f"--train.run_dir, delete that folder, or set {name} back"
-            )
-    return found, saved["step"]
+    """The checkpoint to go on from and its step, or (None, 0): looked up by one rank, so that all agree."""
+
+    def look() -> tuple[Path | None, int]:
+        found = checkpoint.newest_whole(Path(config.train.run_dir) / "checkpoints")
+        if found is None:
+            return None, 0
+        saved = checkpoint.read_state(found)
+        for name, now in identity(config, data).items():
+            if saved.get(name, now) != now:
+                raise ConfigError(
+                    f"{config.train.run_dir} holds a run with another {name} ({saved[name]}, now {now}); choose "
+                    f"another --train.run_dir, delete that folder, or set {name} back"
+                )
+        return found, saved["step"]
+
+    answer: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            answer = [look()]
+        except ConfigError as error:
+            answer = [error]
+    broadcast_object_list(answer)
+    if isinstance(answer[0], ConfigError):
+        raise answer[0]
+    return answer[0]
+
+
+def is_finished(run_dir: Path, newest: Path | None, has_all_steps: bool) -> bool:
+    """Whether ``final`` is what the run would end with: the newest checkpoint's weights, or all that was kept."""
+    final = run_dir / "final"
+    if not final.is_dir() or checkpoint.damage(final) is not None:
+        return False
+    return newest is None or (has_all_steps and checkpoint.same_weights(newest, final))
 
 
 def set_precision(config: RunConfig, device: torch.device) -> str:
     """Settle the precision, and PyTorch's switches that belong to it."""
-    hardware.reuse_freed_memory()
+    precision = hardware.default_precision(device) if config.train.precision == "auto" else config.train.precision
+    if precision == "fp16" and device.type != "cuda":
+        raise ConfigError(f"train.precision fp16 needs CUDA, this is {device.type}; leave it at auto")
+    if device.type == "cpu":
+        hardware.reuse_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
     if config.train.deterministic or device.type == "cpu":
         # On the CPU this costs nothing, and without it threads add up gradients in any order.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
-    return hardware.default_precision(device) if config.train.precision == "auto" else config.train.precision
+    return precision
 
 
 def build_accelerator(config: RunConfig, precision: str) -> Accelerator:
     """Accelerate's hold on devices and processes; precision and accumulation are ours, not its config file's."""
+    missing = set(config.train.trackers) - {str(tracker) for tracker in get_available_trackers()}
+    if missing:
+        raise ConfigError(f"train.trackers: {', '.join(sorted(missing))} is unknown or not installed")
     accelerator = Accelerator(
         mixed_precision=precision if precision in ("bf16", "fp16") else "no",
         gradient_accumulation_steps=1,  # train_step scales the loss itself
@@ -241,7 +281,9 @@ def build_model(
 ) -> GPTForCausalLM:
     """The model, new or from a checkpoint, in fp32 (fp64 when asked for), with its blocks compiled where possible."""
     device = accelerator.device
-    attention, why_attention = hardware.choose_attention(config.model.attn_implementation, device, precision)
+    attention, why_attention = hardware.choose_attention(
+        config.model.attn_implementation, device, precision, config.model.dropout
+    )
     dtype = torch.float64 if precision == "fp64" else torch.float32
     if resume_from:
         model = GPTForCausalLM.from_pretrained(resume_from, dtype=dtype, attn_implementation=attention)
@@ -257,17 +299,16 @@ def build_model(
         # The second name is transformers' before 5.20.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
-    obstacle = hardware.compile_obstacle(device) if config.train.compile == "auto" else None
-    if config.train.compile != "off" and obstacle is None:
+    obstacle = {"off": "switched off", "on": None}.get(config.train.compile, hardware.compile_obstacle(device))
+    if obstacle is None:
         # Block by block: all blocks share one compiled graph, and evaluation and saving see the plain module.
         for block in model.transformer.h:
             block.compile(dynamic=False)
         LossKernels.compile(dynamic=False)
-    compiled = "compiled" if config.train.compile != "off" and not obstacle else "not compiled"
     accelerator.print(
         f"{model.num_parameters():,} parameters in {precision} on {accelerator.num_processes} x "
-        f"{hardware.describe(device)}, attention {attention} ({why_attention}), {compiled}"
-        + (f": {obstacle}; training is slower without" if obstacle else "")
+        f"{hardware.describe(device)}, attention {attention} ({why_attention}), "
+        + (f"not compiled, so slower: {obstacle}" if obstacle else "compiled")
     )
     return model
 
@@ -277,7 +318,7 @@ def build_measures(
     accelerator: Accelerator,
     model: GPTForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    val_data: ShardSet,
+    val_data: ShardSet | None,
 ) -> Callable[[int], dict[str, Any]]:
     """A function that takes, after a given step, the measurements that are due, and returns them as one row."""
     device = accelerator.device
@@ -285,7 +326,7 @@ def build_measures(
         "device": device,
         "rank": accelerator.process_index,
         "world_size": accelerator.num_processes,
-        "reduce": lambda tensor: accelerator.reduce(tensor, "sum"),
+        "reduce": (lambda tensor: accelerator.reduce(tensor, "sum")) if accelerator.num_processes > 1 else None,
         "autocast": accelerator.autocast,
     }
 
@@ -296,7 +337,7 @@ def build_measures(
 
     measures: list[tuple[int, Callable[[], dict[str, Any]]]] = []
 
-    if config.eval.val_every:
+    if val_data is not None:
         stream = TokenStream(val_data, config.data.seq_len, seed=0, shuffle=False)
         n_windows = max(1, min(stream.n_windows, config.eval.val_tokens // config.data.seq_len))
         batch_size = config.train.micro_batch_size
@@ -335,7 +376,7 @@ def build_measures(
     def measure(step: int) -> dict[str, Any]:
         row: dict[str, Any] = {}
         for every, take in measures:
-            if step % every == 0 or step == config.train.steps:
+            if is_due(every, step, config.train.steps):
                 row |= take()
         return row
 
@@ -351,7 +392,7 @@ def build_throughput(config: RunConfig, accelerator: Accelerator, model: GPTForC
     return Throughput(config.train.global_batch_tokens, accelerator.num_processes * peak / flops)
 
 
-def load_steps(config: RunConfig, data: ShardSet, start_step: int, accelerator: Accelerator) -> Any:
+def load_steps(config: RunConfig, data: ShardSet, start_step: int, state: PartialState) -> Any:
     """The batches of this rank for all steps to come; the first one over and over with ``overfit_batch``."""
     overfit = config.train.overfit_batch
     loader = StepLoader(
@@ -360,9 +401,9 @@ def load_steps(config: RunConfig, data: ShardSet, start_step: int, accelerator: 
         1 if overfit else config.train.steps,
         global_batch_size=config.train.global_batch_tokens // config.data.seq_len,
         micro_batch_size=config.train.micro_batch_size,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        pin_memory=accelerator.device.type == "cuda",
+        rank=state.process_index,
+        world_size=state.num_processes,
+        pin_memory=state.device.type == "cuda",
     )
     return nullcontext([next(loader)] * (config.train.steps - start_step)) if overfit else loader
 
@@ -372,16 +413,14 @@ def open_log(config: RunConfig, accelerator: Accelerator, start_step: int, data:
     run_dir = Path(config.train.run_dir)
     if accelerator.is_main_process:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if start_step and (run_dir / "config.yaml").exists():
+            for name, old, new in changes((run_dir / "config.yaml").read_text(), config.to_yaml()):
+                print(f"changed since the last start: {name} was {old}, now {new}")
         (run_dir / "config.yaml").write_text(config.to_yaml())
         (run_dir / "environment.json").write_text(json.dumps(environment(accelerator, data, precision), indent=1))
     accelerator.wait_for_everyone()
     if config.train.trackers:
-        flat = {
-            f"{section}.{key}": str(value)
-            for section, keys in dataclasses.asdict(config).items()
-            for key, value in keys.items()
-        }
-        accelerator.init_trackers("gpt2_hf", config=flat)
+        accelerator.init_trackers("gpt2_hf", config={key: str(value) for key, value in flat(config.to_yaml()).items()})
     steps, batch = config.train.steps, config.train.global_batch_tokens
     if start_step:
         accelerator.print(f"resuming from {run_dir / 'checkpoints' / f'step-{start_step:08d}'}")
@@ -390,7 +429,19 @@ def open_log(config: RunConfig, accelerator: Accelerator, start_step: int, data:
         f"{config.train.micro_batch_size} x {config.data.seq_len} x {accelerator.num_processes} processes x "
         f"{config.grad_accum_steps(accelerator.num_processes)} accumulated; {steps * batch / data.n_tokens:.2f} epochs"
     )
-    return RunLog(run_dir, start_step, steps, batch, enabled=accelerator.is_main_process)
+    track = accelerator.log if config.train.trackers else None
+    return RunLog(run_dir, start_step, steps, batch, enabled=accelerator.is_main_process, track=track)
+
+
+def flat(text: str) -> dict[str, Any]:
+    """A recipe's text as dotted names and values."""
+    sections = yaml.safe_load(text)
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+
+
+def changes(old_text: str, new_text: str) -> list[tuple[str, Any, Any]]:
+    old, new = flat(old_text), flat(new_text)
+    return [(name, old.get(name), value) for name, value in new.items() if old.get(name) != value]
 
 
 def environment(accelerator: Accelerator, data: ShardSet, precision: str) -> dict[str, Any]:
@@ -429,12 +480,14 @@ def seed_dropout(seed: int, step: int, first_sample: int) -> None:
     torch.manual_seed(int(bits >> np.uint64(1)))
 
 
-def stop_if_not_finite(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss is {loss} at step {step}; the checkpoints so far are whole: start again with a lower "
-            f"--optim.lr and --optim.muon_lr, or look at the data near this step"
-        )
+def stop_if_not_finite(row: dict[str, float], step: int, may_overflow: bool) -> None:
+    """Before a checkpoint is made of it. Under a gradient scaler an infinite norm is a step that was skipped."""
+    for name in ("train_loss", *(() if may_overflow else ("grad_norm",))):
+        if not math.isfinite(row[name]):
+            raise FloatingPointError(
+                f"{name} is {row[name]} at step {step}; the checkpoints so far are good: start again with a lower "
+                f"--optim.lr and --optim.muon_lr, or look at the data near this step"
+            )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ def main() -> None:
     try:
         prepare(parse_cli(PrepareConfig, positional="inputs"))
     except ImportError as error:
-        fail(f"{error}: install what preparation needs with pip install 'gpt2_hf[data]'")
+        fail(f"{error}: install what preparation needs with pip install -e '.[data]'")
     except (ValueError, OSError) as error:
         fail(str(error))
 

@@ -21,7 +21,7 @@ ALLOWED = {
     "data.prepare": {"data.tokenizer"},
     "config": {"model.configuration_gpt"},
     "hardware": set(),
-    "optim": {"config"},
+    "optim": {"config", "hardware"},
     "checkpoint": set(),
     "metrics": {"model.configuration_gpt"},
     "report": {"metrics"},

@@ -51,6 +51,17 @@ def test_error_budget_per_dtype(dtype, budget):
         assert (a - b).norm() <= budget * b.norm()
 
 
+def test_fp16_gradients_survive_a_small_factor_and_a_scaler():
+    """1 / 524288 alone is below fp16's smallest number, and the loss scale alone would overflow it."""
+    hidden, weight, labels = inputs(torch.float32)
+    with torch.autocast("cpu", torch.float16):
+        loss = linear_cross_entropy(hidden, weight, labels, num_items_in_batch=524_288)
+    got = torch.autograd.grad(65_536 * loss, (hidden, weight))
+    expected = torch.autograd.grad(65_536 * reference(hidden, weight, labels, 524_288), (hidden, weight))
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).norm() <= 5e-3 * b.norm()
+
+
 def test_without_gradients_and_reductions():
     hidden, weight, labels = inputs()
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,10 @@ def run(config: RunConfig) -> list[dict]:
 
 def losses(rows: list[dict]) -> list[float]:
     return [row["train_loss"] for row in rows if "train_loss" in row]
+
+
+def with_steps(config: RunConfig, steps: int) -> RunConfig:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
 def launch(config: RunConfig, tmp_path: Path, *launcher: str) -> subprocess.Popen:
@@ -263,13 +268,65 @@ def test_resume_continues_extends_and_survives_damage(data, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "is finished" in said and "raise --train.steps" in said
 
+    # A kill between the last checkpoint and the new final: the old final must not pass for it.
+    final = tmp_path / "run" / "final"
+    finished, stale = (final / "model.safetensors").read_bytes(), tmp_path / "run" / "checkpoints" / "step-00000010"
+    shutil.rmtree(final)
+    shutil.copytree(stale, final)
+    run(short)
+    assert (final / "model.safetensors").read_bytes() == finished
+    capsys.readouterr()
+
     weights = tmp_path / "run" / "checkpoints" / "step-00000020" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     longer = tiny(data, tmp_path / "run", train__steps=30, checkpoint__save_every=10, **flat)
     rows = run(longer)
-    assert "step-00000020 is damaged and not used" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step-00000020 is damaged and not used" in said
+    assert "train.steps was 20, now 30" in said
     assert losses(rows) == straight
     assert [row["step"] for row in rows] == list(range(1, 31))  # none twice
+
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # to free the disk; the result must survive another start
+    run(longer)
+    assert "is finished" in capsys.readouterr().out
+    assert losses(read_rows(tmp_path / "run" / "metrics.jsonl")) == straight
+
+
+def test_without_checkpoints_and_validation(data, tmp_path):
+    manifest = json.loads((data / "manifest.json").read_text())
+    del manifest["splits"]["val"]
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    rows = run(tiny(data, tmp_path / "run", train__steps=3, checkpoint__save_every=0))
+    assert len(losses(rows)) == 3
+    assert (tmp_path / "run" / "final").exists() and not (tmp_path / "run" / "checkpoints").exists()
+    with pytest.raises(ShardError, match="no split 'val'"):
+        train(tiny(data, tmp_path / "other", eval__val_every=1))
+
+
+@pytest.mark.slow
+def test_two_ranks_compiled_killed_and_resumed_equal_straight(data, tmp_path):
+    def config(name: str, **changes) -> RunConfig:
+        return tiny(
+            data,
+            tmp_path / name,
+            train__micro_batch_size=4,
+            train__compile="auto",
+            train__steps=8,
+            optim__name="muon",
+            optim__min_lr_ratio=1.0,
+            eval__val_every=4,
+            **changes,
+        )
+
+    launcher = (*TORCHRUN, "--nproc_per_node", "2")
+    finish(launch(config("straight"), tmp_path, *launcher))
+    finish(launch(with_steps(config("parts"), 4), tmp_path, *launcher))
+    assert "resuming from" in finish(launch(config("parts"), tmp_path, *launcher))
+    straight, parts = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("straight", "parts"))
+    assert losses(straight) == losses(parts) and len(losses(parts)) == 8
+    one = losses(run(config("one")))
+    assert losses(straight)[:4] == pytest.approx(one[:4], rel=1e-6)
 
 
 def test_a_run_is_not_continued_with_other_data_or_another_model(data, tmp_path):
@@ -306,6 +363,8 @@ def test_refusals_come_before_anything_is_made(data, tmp_path):
         ({"train__global_batch_tokens": 500}, ConfigError, "nearest that work"),
         ({"data__path": str(tmp_path / "no")}, ShardError, "prepare_data"),
         ({"model__vocab_size": 100}, ConfigError, "vocabulary of 251"),
+        ({"train__precision": "fp16"}, ConfigError, "needs CUDA"),
+        ({"train__trackers": ["nosuch"]}, ConfigError, "nosuch is unknown"),
     ):
         with pytest.raises(error, match=words):
             train(tiny(data, tmp_path / "run", **changes))
@@ -322,8 +381,13 @@ def test_scripts_errors_are_one_line(tmp_path):
 
 
 def test_not_a_number_stops_the_run(data, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"loss is nan at step \d+.*--optim.lr"):
-        train(tiny(data, tmp_path / "run", optim__lr=1e20, optim__warmup_steps=0))
+    config = tiny(
+        data, tmp_path / "run", optim__lr=1e20, optim__warmup_steps=0, train__log_every=20, checkpoint__save_every=1
+    )
+    with pytest.raises(FloatingPointError, match=r"(train_loss|grad_norm) is (nan|inf) at step \d+.*--optim.lr"):
+        train(config)
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():  # none was made of a broken step
+        assert all(t.isfinite().all() for t in load_file(folder / "model.safetensors").values())
 
 
 def test_out_of_memory_names_the_next_micro_batch(data, tmp_path):

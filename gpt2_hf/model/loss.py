@@ -36,14 +36,14 @@ def softmax_stats(logits: Tensor, labels: Tensor, vocab_size: int) -> tuple[Tens
     return lse, lse - real.gather(1, labels[:, None])[:, 0]
 
 
-def softmax_grad(logits: Tensor, lse: Tensor, labels: Tensor, scale: Tensor, vocab_size: int) -> Tensor:
-    """d(loss)/d(logits) = scale * (softmax - onehot), (n, P) in the logits' dtype, zero in padded columns.
+def softmax_grad(logits: Tensor, lse: Tensor, labels: Tensor, counts: Tensor, vocab_size: int) -> Tensor:
+    """d(summed loss)/d(logits) = softmax - onehot, (n, P) in the logits' dtype, zero in padded columns.
 
-    ``scale`` is (n,): 0 for ignored rows.
+    ``counts`` is (n,): 1, or 0 for ignored rows.
     """
     column = torch.arange(logits.shape[1], device=logits.device)
     grad = (logits.to(lse.dtype) - lse[:, None]).exp()
-    grad = (grad - (column == labels[:, None]).to(grad.dtype)) * scale[:, None]
+    grad = (grad - (column == labels[:, None]).to(grad.dtype)) * counts[:, None]
     return torch.where(column < vocab_size, grad, 0.0).to(logits.dtype)
 
 
@@ -74,10 +74,22 @@ def _chunks(n_tokens: int, padded_vocab: int, itemsize: int) -> list[slice]:
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Sum of scale * negative log-likelihood; both gradients are made during the forward pass."""
+    """Summed negative log-likelihood times ``factor``; both gradients are made during the forward pass.
+
+    The factor, which may be as small as 1 / 524288, and the upstream gradient, which may be a gradient scaler's 65536,
+    meet in fp32 in the backward pass: either alone would leave the range of fp16.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        counts: Tensor,
+        factor: Tensor,
+        dtype: torch.dtype,
+    ) -> Tensor:
         vocab_size = weight.shape[0]
         padded = _pad_rows(weight, dtype)  # (P, C)
         x = hidden.to(dtype)  # (N, C)
@@ -88,8 +100,8 @@ class _SummedLoss(torch.autograd.Function):
         for rows in _chunks(len(x), len(padded), x.element_size()):
             logits = x[rows] @ padded.T  # (n, P)
             lse, chunk_nll = LossKernels.stats(logits, labels[rows], vocab_size)
-            losses.append(chunk_nll @ scale[rows])
-            dlogits = LossKernels.grad(logits, lse, labels[rows], scale[rows], vocab_size)
+            losses.append(chunk_nll @ counts[rows])
+            dlogits = LossKernels.grad(logits, lse, labels[rows], counts[rows], vocab_size)
             del logits
             if dx is not None:
                 torch.mm(dlogits, padded, out=dx[rows])
@@ -98,17 +110,17 @@ class _SummedLoss(torch.autograd.Function):
                 # Several chunks add up in the parameter's precision, not in that of the GEMM.
                 dw = part if dw is None else dw.to(weight.dtype) + part
         dw = dw[:vocab_size].to(weight.dtype) if dw is not None else None
-        ctx.save_for_backward(dx, dw)
+        ctx.save_for_backward(dx, dw, factor)
         ctx.hidden_dtype = hidden.dtype
-        return torch.stack(losses).sum()
+        return torch.stack(losses).sum() * factor
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # grads[0] is 1 in our loop; it is not under a gradient scaler or in someone else's.
-        dx, dw = ctx.saved_tensors
-        dx = (dx * grads[0]).to(ctx.hidden_dtype) if dx is not None else None
-        dw = dw * grads[0] if dw is not None else None
-        return dx, dw, None, None, None
+        dx, dw, factor = ctx.saved_tensors
+        factor = factor * grads[0]
+        dx = (dx.to(factor.dtype) * factor).to(ctx.hidden_dtype) if dx is not None else None
+        dw = dw * factor if dw is not None else None
+        return dx, dw, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -153,9 +165,10 @@ def linear_cross_entropy(
         if reduction == "none":
             raise ValueError('reduction="none" is for evaluation: call it under torch.no_grad()')
         divisor = _count(flat_labels, num_items_in_batch) if reduction == "mean" else 1
-        # Ignored rows are computed and weighted with 0: leaving them out would need their count on the host.
-        scale = (flat_labels != IGNORE).to(torch.promote_types(dtype, torch.float32)) / divisor
-        return _SummedLoss.apply(flat, weight, flat_labels.clamp(min=0), scale, dtype)
+        # Ignored rows are computed and counted 0 times: leaving them out would need their number on the host.
+        counts = (flat_labels != IGNORE).to(torch.promote_types(dtype, torch.float32))
+        factor = torch.as_tensor(divisor, dtype=counts.dtype, device=counts.device).reciprocal()
+        return _SummedLoss.apply(flat, weight, flat_labels.clamp(min=0), counts, factor, dtype)
 
 
 def _count(labels: Tensor, num_items_in_batch: int | Tensor | None) -> int | Tensor:
