@@ -294,9 +294,9 @@ def build_model(
         model = GPTForCausalLM(gpt_config)
         if precision == "fp64":
             model.double()
-    model.train()
+    model.to(device).train()
     if config.train.gradient_checkpointing:
-        # The second name is transformers' before 5.20.
+        # Older versions of transformers know only the second name.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
     obstacle = {"off": "switched off", "on": None}.get(config.train.compile, hardware.compile_obstacle(device))
