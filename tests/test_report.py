@@ -164,7 +164,7 @@ def test_nothing_to_draw_is_one_line(make_run, tmp_path):
 
 def test_without_matplotlib_the_message_says_what_to_install(make_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install gpt2_hf\[report\]"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         plot_curves(make_run())
 
 
