@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -63,7 +63,7 @@ class Throughput:
 
 
 class RunLog:
-    """A run's progress bar, its metrics.jsonl and trackers; silent on all ranks but the first.
+    """A run's progress bar, its metrics.jsonl and trackers; silent on all ranks but the one that holds the lock.
 
     Each row is a JSON object with ``step``, ``tokens_seen`` and what was measured then. Opening the log for a run that
     resumes after ``start_step`` drops what a killed run wrote later: those steps are made again.
@@ -75,23 +75,24 @@ class RunLog:
         start_step: int,
         total_steps: int,
         tokens_per_step: int,
-        enabled: bool,
+        lock: IO[str] | None,
         track: Callable[..., None] | None = None,
     ):
         self.tokens_per_step = tokens_per_step
-        self.enabled = enabled
+        self.enabled = lock is not None
         self.track = track
+        self._lock = lock
         # A log file gets a line every 15 seconds, a terminal a live bar.
         self.bar = tqdm(
             total=total_steps,
             initial=start_step,
             desc=run_dir.name,
             unit="step",
-            disable=not enabled,
+            disable=not self.enabled,
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 15,
         )
-        if enabled:
+        if self.enabled:
             path = run_dir / "metrics.jsonl"
             kept = [row for row in read_rows(path) if row["step"] <= start_step] if start_step else []
             temporary = path.with_suffix(".tmp")
@@ -129,8 +130,9 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        if self.enabled:
+        if self._lock is not None:
             self._file.close()
+            self._lock.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

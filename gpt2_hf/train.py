@@ -13,9 +13,9 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import accelerate
 import numpy as np
@@ -97,7 +97,11 @@ def train(config: RunConfig) -> Path:
             checkpoint.prune(run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every)
         state.wait_for_everyone()
 
-    with advice_on_memory(config, state.num_processes), load_steps(config, train_data, start_step, state) as batches:
+    with (
+        closing(log),
+        advice_on_memory(config, state.num_processes),
+        load_steps(config, train_data, start_step, state) as batches,
+    ):
         if start_step == 0:
             log.write(0, measure(0))
         for step, batch in enumerate(batches, start_step + 1):
@@ -121,7 +125,6 @@ def train(config: RunConfig) -> Path:
                     torch.cuda.synchronize()
                 throughput.restart(step)  # what took time here was not training, or was compilation
 
-    log.close()
     weights = accelerator.get_state_dict(model)
     if state.is_main_process:
         checkpoint.write_folder(run_dir / "final", lambda path: write_model(path, bare_model, weights, tokenizer))
@@ -412,7 +415,7 @@ def open_log(config: RunConfig, accelerator: Accelerator, start_step: int, data:
     """Write what the run is (config.yaml, environment.json), start the trackers, and open metrics.jsonl."""
     run_dir = Path(config.train.run_dir)
     if accelerator.is_main_process:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(run_dir)
         if start_step and (run_dir / "config.yaml").exists():
             for name, old, new in changes((run_dir / "config.yaml").read_text(), config.to_yaml()):
                 print(f"changed since the last start: {name} was {old}, now {new}")
@@ -430,7 +433,26 @@ def open_log(config: RunConfig, accelerator: Accelerator, start_step: int, data:
         f"{config.grad_accum_steps(accelerator.num_processes)} accumulated; {steps * batch / data.n_tokens:.2f} epochs"
     )
     track = accelerator.log if config.train.trackers else None
-    return RunLog(run_dir, start_step, steps, batch, enabled=accelerator.is_main_process, track=track)
+    return RunLog(run_dir, start_step, steps, batch, lock if accelerator.is_main_process else None, track)
+
+
+def lock_folder(run_dir: Path) -> IO[str]:
+    """Make the folder this process's own until the returned file is closed, or the process ends in whatever way."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = (run_dir / ".lock").open("w")
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ConfigError(
+            f"{run_dir} is being written by another process, perhaps one whose launcher was stopped; end that one, or "
+            f"choose another --train.run_dir"
+        ) from None
+    return lock
 
 
 def flat(text: str) -> dict[str, Any]:

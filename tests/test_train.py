@@ -22,7 +22,7 @@ from gpt2_hf.data.shards import ShardError
 from gpt2_hf.data.stream import TokenStream
 from gpt2_hf.metrics import Throughput, read_rows
 from gpt2_hf.model.loss import LossKernels
-from gpt2_hf.train import advice_on_memory, train
+from gpt2_hf.train import advice_on_memory, lock_folder, train
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 251
@@ -399,6 +399,17 @@ def test_out_of_memory_names_the_next_micro_batch(data, tmp_path):
         raise torch.OutOfMemoryError("CUDA")
     with pytest.raises(RuntimeError, match="other"), advice_on_memory(config, 1):
         raise RuntimeError("other")
+
+
+def test_a_run_has_one_writer(data, tmp_path):
+    config = tiny(data, tmp_path / "run", train__steps=2)
+    lock = lock_folder(tmp_path / "run")
+    with pytest.raises(ConfigError, match="written by another process"):
+        train(config)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    lock.close()
+    assert len(losses(run(config))) == 2
+    lock_folder(tmp_path / "run").close()  # and it lets go
 
 
 def test_accumulation_from_the_environment_is_refused(data, tmp_path, monkeypatch):
