@@ -4,12 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help setup demo test lint format clean
+# The oldest transformers that setup.cfg admits, with what it needs, is laid over $(VENV): not a second PyTorch.
+LOWER := .venv-lower
+LOWEST := $(shell sed -n 's/^ *transformers>=//p' setup.cfg).0
+
+.PHONY: help setup demo test test-lower lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train a small GPT-2 on Shakespeare, evaluate it, sample from it (minutes on two cores)"
 	@echo "make test    run the tests"
+	@echo "make test-lower  run them with transformers $(LOWEST), the oldest supported; TESTS='tests/test_model.py ...' for some"
 	@echo "make lint    check format, style and types"
 	@echo "make setup   make the virtual environment $(VENV) only"
 
@@ -30,6 +35,17 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+test-lower: $(LOWER)/ready
+	PYTHONPATH=$(CURDIR)/$(LOWER) $(BIN)/python -c 'from transformers import __version__ as v; assert v == "$(LOWEST)", v'
+	PYTHONPATH=$(CURDIR)/$(LOWER) $(BIN)/python -m pytest $(TESTS)
+
+$(LOWER)/ready: $(VENV)/ready
+	rm -rf $(LOWER)
+	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(VENV)/constraints-lower.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints-lower.txt \
+		--target $(LOWER) transformers==$(LOWEST)
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -40,4 +56,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWER) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -30,9 +30,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.stream import TokenStream
@@ -300,20 +299,12 @@ def load_folder(
     if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise ValueError(f"no folder {name}: give a checkpoint folder (with config.json), or a model id of the Hub")
     try:
-        config = PreTrainedConfig.get_config_dict(name)[0]
-        # Another model type would load too, with a warning and random weights.
-        if config.get("model_type") != "gpt2":
-            found = f"model_type {config.get('model_type')!r} in its config.json" if config else "no config.json"
-            raise ValueError(f"{name} is not a GPT-2 ({found}): give a folder or model id of one")
-        loaded: Any = GPTForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-        model, info = loaded
+        model: Any = GPTForCausalLM.from_pretrained(name, dtype=torch.float32)
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except OSError as error:
         where = "" if Path(name).is_dir() else " (no such folder, so looked for on the Hub)"
-        raise ValueError(f"cannot load {name}{where}: {str(error).strip().splitlines()[0]}") from None
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"{name} lacks {len(missing)} of the model's weights ({missing[0]}, ...): save it again")
+        why = str(error).strip().splitlines()[0].removeprefix(f"cannot load {name}: ")
+        raise ValueError(f"cannot load {name}{where}: {why}") from None
     if len(tokenizer) <= 1:  # transformers makes an empty vocabulary of a folder without tokenizer files
         tokenizer = load_tokenizer()
     if len(tokenizer) > model.config.vocab_size:

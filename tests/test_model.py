@@ -123,22 +123,6 @@ def test_generate_equals_stock(attn_implementation, settings):
     assert torch.equal(ours.generate(prompt, **keywords), stock.generate(prompt, **keywords))
 
 
-def test_padding_and_causality():
-    ours, stock = pair()
-    tokens = torch.randint(211, (2, 12))
-    mask = torch.ones_like(tokens)
-    mask[0, :4], mask[1, 9:] = 0, 0
-    with torch.no_grad():
-        a = ours(tokens, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
-        b = stock(tokens, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
-    assert torch.allclose(a[mask.bool()], b[mask.bool()], atol=1e-5)
-
-    embeddings = ours.transformer.wte(tokens).detach().requires_grad_()
-    ours(inputs_embeds=embeddings).logits[0, 5].sum().backward()
-    reach = embeddings.grad[0].abs().sum(-1)
-    assert (reach[:6] > 0).all() and (reach[6:] == 0).all()
-
-
 def test_gradient_checkpointing_changes_nothing():
     grads = []
     for checkpointing in (False, True):
@@ -150,16 +134,6 @@ def test_gradient_checkpointing_changes_nothing():
         ours(tokens[:, :-1], shift_labels=tokens[:, 1:]).loss.backward()
         grads.append([p.grad for p in ours.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-
-
-def test_hidden_states_and_attentions_equal_stock():
-    ours, stock = pair("eager")
-    tokens = torch.randint(211, (2, 9))
-    with torch.no_grad():
-        a = ours(tokens, output_hidden_states=True, output_attentions=True)
-        b = stock(tokens, output_hidden_states=True, output_attentions=True)
-    for x, y in zip([*a.hidden_states, *a.attentions], [*b.hidden_states, *b.attentions], strict=True):
-        assert torch.allclose(x, y, atol=1e-5)
 
 
 def test_saved_folder_is_stock_in_a_process_without_our_package(tmp_path):
@@ -188,30 +162,6 @@ assert torch.allclose(model(torch.arange(20)[None]).logits, expected, atol=1e-5)
     subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
 
 
-def test_loads_old_hub_files_with_and_without_prefix_and_mask_buffers(tmp_path):
-    from safetensors.torch import save_file
-
-    ours, stock = pair()
-    tokens = torch.arange(20)[None]
-    for prefix in ("transformer.", ""):
-        folder = tmp_path / f"hub{len(prefix)}"
-        folder.mkdir()
-        config = stock.config.to_dict() | {"n_ctx": 48, "task_specific_params": {"text-generation": {"max_length": 50}}}
-        (folder / "config.json").write_text(json.dumps(config))
-        weights = {
-            prefix + name.removeprefix("transformer."): tensor.clone()
-            for name, tensor in stock.state_dict().items()
-            if name != "lm_head.weight"
-        }
-        for layer in range(3):
-            weights[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 48, 48).tril()
-            weights[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        loaded, info = GPTForCausalLM.from_pretrained(folder, output_loading_info=True)
-        assert not any(info.values()), info
-        assert_equal_logits(loaded.eval(), stock, tokens)
-
-
 def test_stock_config_object_is_taken_and_saved_as_ours(tmp_path):
     model = GPTForCausalLM(GPT2Config(**SMALL))
     assert isinstance(model.config, GPTConfig)
@@ -232,7 +182,7 @@ def test_presets_are_the_published_sizes():
         ({"n_layers": 3}, TypeError, "did you mean 'n_layer'"),
         ({"dropout": 0.1}, TypeError, "no field 'dropout'"),
         ({"n_head": 7}, ValueError, "multiple of n_head"),
-        ({"activation_function": "swish"}, ValueError, "swish"),
+        ({"activation_function": "geloo"}, ValueError, "'geloo' is not one of .*gelu_new"),
         ({"add_cross_attention": True}, ValueError, "not supported"),
     ],
 )

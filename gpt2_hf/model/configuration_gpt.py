@@ -7,6 +7,9 @@ from dataclasses import fields
 from typing import Any
 
 from transformers import GPT2Config
+from transformers.activations import ACT2FN
+
+from .hub import HubConfig
 
 # OpenAI's four sizes (Radford et al. 2019, table 2); "gpt2" is the 124M model.
 PRESETS = {
@@ -15,13 +18,12 @@ PRESETS = {
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
-ACTIVATIONS = ("gelu_new", "gelu", "gelu_pytorch_tanh", "relu")
 
 # Names that transformers itself passes to a configuration beside the declared fields.
 _LIBRARY_NAMES = {"attn_implementation", "experts_implementation", "model_type", "torch_dtype", "transformers_version"}
 
 
-class GPTConfig(GPT2Config):
+class GPTConfig(HubConfig, GPT2Config):
     """GPT-2's fields under GPT-2's names; what it writes is a plain ``gpt2`` configuration.
 
     Differs from ``GPT2Config`` in two ways. A misspelt field raises (``GPTConfig(n_layers=4)`` would otherwise train
@@ -45,8 +47,10 @@ class GPTConfig(GPT2Config):
         super().__init__(**kwargs)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        if self.activation_function not in ACTIVATIONS:
-            raise ValueError(f"activation_function {self.activation_function!r} is not one of {', '.join(ACTIVATIONS)}")
+        if self.activation_function not in ACT2FN:
+            raise ValueError(
+                f"activation_function {self.activation_function!r} is not one of transformers' ({', '.join(ACT2FN)})"
+            )
         if self.add_cross_attention:
             raise ValueError("add_cross_attention=True is not supported: this is a decoder without an encoder")
 
@@ -64,6 +68,4 @@ class GPTConfig(GPT2Config):
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output.pop("_tolerant", None)
-        # Written here and not in save_pretrained, which push_to_hub bypasses.
-        output["architectures"] = ["GPT2LMHeadModel"]
         return output

@@ -24,6 +24,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_gpt import GPTConfig
+from .hub import HubModel
 from .loss import linear_cross_entropy
 
 # Backends that are causal by themselves when no mask is given. The others need the mask as a tensor or block mask.
@@ -122,7 +123,7 @@ class GPTBlock(GradientCheckpointingLayer):
         return x + self.mlp(self.ln_2(x))
 
 
-class GPTPreTrainedModel(PreTrainedModel):
+class GPTPreTrainedModel(HubModel, PreTrainedModel):
     config_class = GPTConfig
     config: GPTConfig
     base_model_prefix = "transformer"
@@ -185,15 +186,18 @@ class GPTModel(GPTPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,  # (B, T)
-        attention_mask: Any = None,  # (B, S), 1 for tokens and 0 for padding; or ready for the backend
-        position_ids: Tensor | None = None,  # (B, T) or (1, T)
         past_key_values: Cache | None = None,
+        attention_mask: Any = None,  # (B, S), 1 for tokens and 0 for padding; or ready for the backend
+        token_type_ids: Tensor | None = None,  # (B, T), embedded by wte and added, for dialogue models that have them
+        position_ids: Tensor | None = None,  # (B, T) or (1, T); where they start again, so does attention (no cache)
         inputs_embeds: Tensor | None = None,  # (B, T, C), instead of input_ids
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if kwargs.pop("encoder_hidden_states", None) is not None:
+            raise ValueError("encoder_hidden_states given to a decoder without an encoder: use stock GPT2LMHeadModel")
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -205,11 +209,18 @@ class GPTModel(GPTPreTrainedModel):
         plain = attention_mask is None and position_ids is None and past_key_values is None
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            exporting = torch.compiler.is_exporting()  # to compare would fix the longest sequence in the program
+            if not exporting and isinstance(seen, int) and seen + x.shape[1] > self.config.n_positions:
+                raise ValueError(f"{seen + x.shape[1]} tokens for a model of {self.config.n_positions} positions")
             position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
+        else:
+            kwargs["position_ids"] = position_ids  # FlashAttention finds the documents of a packed row by them
         mask = None
         if not (plain and self.config._attn_implementation in _CAUSAL_WITHOUT_MASK):
             mask = create_causal_mask(self.config, x, attention_mask, past_key_values, position_ids=position_ids)
 
+        if token_type_ids is not None:
+            x = x + self.wte(token_type_ids)
         x = self.drop(x + self.wpe(position_ids))
         for block in self.h:
             x = block(x, mask, past_key_values=past_key_values, **kwargs)
@@ -233,37 +244,42 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Any = None,
-        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        attention_mask: Any = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         reduction: str = "mean",
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V), and a loss when labels are given.
+        """Logits (B, T, V), or a loss, or both.
 
         Args:
             labels: (B, T), usually a copy of ``input_ids``; position t is scored against label t+1, -100 is ignored.
                 Loss and logits come out as from stock GPT-2.
             shift_labels: (B, T), label t already being the token after input t; -100 is ignored. The training path:
-                the logits are never built (``logits`` is None), the loss comes from ``linear_cross_entropy``.
+                the logits are never built (``logits`` is None), the loss comes from ``linear_cross_entropy``. Not in
+                the signature, where Trainer would take it for a column that every batch must have.
             num_items_in_batch: divide the summed loss by this instead of by the number of labels here, so that
                 gradients of several micro-batches add up to the gradient of their mean.
             reduction: with ``shift_labels``: "mean", "sum" or "none" (loss of shape (B, T), 0 where ignored).
             logits_to_keep: only the last so many positions (0: all), or these positions, get logits.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         if shift_labels is not None:
             use_cache = False
+            if not isinstance(self.lm_head, nn.Linear):
+                raise ValueError(f"shift_labels would pass by the {type(self.lm_head).__name__} on lm_head: use labels")
         out = self.transformer(
             input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
             past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,

@@ -1,0 +1,151 @@
+"""Checkpoint folders of the Hub: only a whole GPT-2 comes in, and a stock one goes out, with this code on request.
+
+Mixed into GPTConfig and GPTPreTrainedModel; holds nothing of the architecture.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as ConfigBase
+    from transformers import PreTrainedModel as ModelBase
+else:
+    ConfigBase = ModelBase = object
+
+# What trust_remote_code=True makes of a folder that our code has travelled to.
+AUTO_MAP = {
+    "AutoConfig": "configuration_gpt.GPTConfig",
+    "AutoModel": "modeling_gpt.GPTModel",
+    "AutoModelForCausalLM": "modeling_gpt.GPTForCausalLM",
+}
+# By this list of class names Trainer knows that smoothed labels need shifting, and pipelines what they support.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gpt2_hf"] = "GPTForCausalLM"
+
+
+def code_files() -> list[Path]:
+    """The files that travel beside weights: modeling_gpt.py and the siblings that it imports."""
+    modeling = Path(__file__).with_name("modeling_gpt.py")
+    return sorted({modeling, *map(Path, get_relative_import_files(modeling))})
+
+
+class HubConfig(ConfigBase):
+    """Reading and writing of config.json."""
+
+    _with_code = False
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], Any]:
+        found, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # transformers would warn and go on with random weights. The oldest files have no model_type.
+        if found.get("model_type", "gpt2" if "n_embd" in found else None) != "gpt2":
+            what = f"its config.json says model_type {found.get('model_type')!r}" if found else "it has no config.json"
+            raise ValueError(f"{pretrained_model_name_or_path} is not a GPT-2: {what}")
+        return found, rest
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        for name in ("_with_code", "auto_map"):
+            output.pop(name, None)
+        if self._with_code:
+            output["auto_map"] = dict(AUTO_MAP)
+        # Written here and not in save_pretrained, which push_to_hub bypasses.
+        output["architectures"] = ["GPT2LMHeadModel"]
+        return output
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        if self._with_code:
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            for file in code_files():
+                shutil.copyfile(file, Path(save_directory) / file.name)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @contextmanager
+    def travelling_with_code(self, with_code: bool) -> Iterator[None]:
+        """Whether code goes along with what is saved inside this context; an outer True holds in inner ones."""
+        before = self._with_code
+        self._with_code = before or with_code
+        try:
+            yield
+        finally:
+            self._with_code = before
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Does nothing. transformers calls it on code that it loaded from a folder, and a registered class saves its
+        code every time; ours travels when ``with_code=True`` says so."""
+
+
+class HubModel(ModelBase):
+    """Reading and writing of a model's folder."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in transformers, but all or nothing: a model with some weights left random is refused.
+
+        Raises:
+            ValueError: when the folder holds another model, or not all weights of this one.
+            OSError: when there is no such folder or model, or a file of it is cut off or damaged.
+        """
+        name = pretrained_model_name_or_path
+        try:
+            loaded: Any = super().from_pretrained(
+                name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except UnpicklingError as error:
+            # Its own text would have the reader try weights_only=False.
+            why = "or a pickle of more than tensors, which could run code"
+            raise OSError(f"cannot load {name}: a weights file is cut off or damaged ({why})") from error
+        except (SafetensorError, EOFError) as error:
+            raise OSError(f"cannot load {name}: a weights file is cut off or damaged ({error})") from error
+        except OSError as error:
+            if error.errno is None or error.filename is not None:  # transformers' own words, or a file's name
+                raise
+            raise OSError(f"cannot load {name}: a weights file is cut off or damaged ({error.strerror})") from error
+        model, info = loaded
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(f"cannot load {name}: it lacks {len(missing)} of the model's weights ({missing[0]}, ...)")
+        if info["mismatched_keys"] and not ignore_mismatched_sizes:
+            key, found, expected = min(info["mismatched_keys"])
+            raise ValueError(
+                f"cannot load {name}: {key} is {tuple(found)} in the file and {tuple(expected)} by config.json"
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, with_code: bool = False, **kwargs: Any) -> None:
+        """A stock ``gpt2`` folder, as transformers saves it.
+
+        Args:
+            with_code: copy this code beside the weights and name it in config.json: then ``trust_remote_code=True``
+                loads our classes where gpt2_hf is not installed. Without that flag the folder still loads as stock.
+        """
+        with self.config.travelling_with_code(with_code):
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+    def push_to_hub(  # type: ignore[override]
+        self, *args: Any, with_code: bool = False, **kwargs: Any
+    ) -> str:
+        """As in transformers; ``with_code`` as in ``save_pretrained``."""
+        with self.config.travelling_with_code(with_code):
+            return super().push_to_hub(*args, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Does nothing, as in HubConfig."""

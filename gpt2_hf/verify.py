@@ -1,0 +1,452 @@
+"""Is a folder a stock GPT-2 that anyone can load? Asked in a fresh process, as on a reader's machine.
+
+There gpt2_hf cannot be imported, and this file is run by its path: it imports nothing of ours.
+
+Letters: T positions, C channels, H heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+TEXTS = (
+    "Hello, I'm a language model,",
+    "  Leading,  double and trailing spaces, \n\n\ttabs and newlines \n",
+    "naïve café — “Übermut”, 東京, ελληνικά, 🙂",
+    "def square(x):\n    return x ** 2  # 1234567890\n",
+)
+# fp32 against float64, relative to the largest centred logit: about 1e-6 in GPT-2 124M, more in deeper models.
+LOGITS_TOLERANCE = 1e-4
+_MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias$")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Outcome of one check; ``status`` is "ok", "warning" or "FAILED"."""
+
+    check: str
+    status: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.status:<8} {self.check:<14} {self.text}"
+
+
+class CheckFailed(Exception):
+    pass
+
+
+class CheckWarning(Exception):
+    pass
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads in ``folder``: the single one if there, else those of the index."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(shards))]
+    raise CheckFailed(f"no {WEIGHTS}, and no {INDEX}")
+
+
+class Folder:
+    """A checkpoint folder as files, and as what stock transformers makes of it; everything is read when first used."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+
+    @cached_property
+    def stock_config(self) -> Any:
+        from transformers import GPT2Config
+
+        return GPT2Config.from_pretrained(self.path, local_files_only=True)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name in the file -> shape, over all weight files."""
+        found: dict[str, tuple[int, ...]] = {}
+        for file in weight_files(self.path):
+            with safe_open(file, "pt") as tensors:
+                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        return found
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, one at a time: a large model need not fit into memory twice."""
+        for file in weight_files(self.path):
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    yield name, tensors.get_tensor(name)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """Today's name -> name in the file, without mask buffers. Old hub files leave out "transformer."."""
+        plain = not any(name.startswith("transformer.") for name in self.shapes)
+        prefix = "transformer." if plain else ""
+        return {
+            name if name == "lm_head.weight" else prefix + name: name
+            for name in self.shapes
+            if not _MASK_BUFFER.search(name)
+        }
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of today's name, in float64."""
+        if name not in self.names:
+            raise CheckFailed(f"{name} is missing")
+        for file in weight_files(self.path):
+            with safe_open(file, "pt") as tensors:
+                if self.names[name] in tensors.keys():  # noqa: SIM118
+                    return tensors.get_tensor(self.names[name]).double()
+        raise CheckFailed(f"{name} is missing")
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """(T,) random tokens from the whole vocabulary."""
+        length = min(64, self.stock_config.n_positions)
+        return torch.randint(self.stock_config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+
+    @cached_property
+    def stock(self) -> tuple[Any, dict[str, Any]]:
+        """What a plain from_pretrained makes of the folder, in fp32, and what it says about keys."""
+        from transformers import AutoModelForCausalLM
+
+        if self.config.get("model_type") != "gpt2":  # it could be of any size, with random weights
+            raise CheckFailed("not tried: config.json is not that of a gpt2")
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise CheckFailed("transformers refuses shapes that are not those of config.json") from None
+        return loaded
+
+    @cached_property
+    def stock_logits(self) -> Tensor:
+        with torch.no_grad():
+            return self.stock[0](self.tokens[None]).logits[0].double()  # (T, V)
+
+
+def activation(name: str, x: Tensor) -> Tensor:
+    """GPT-2's GELU (Hendrycks & Gimpel 2016, section 2: the tanh form), the exact one, or ReLU."""
+    if name in ("gelu_new", "gelu_pytorch_tanh"):
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    if name == "gelu":
+        return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+    if name == "relu":
+        return x.clamp(min=0)
+    raise CheckWarning(f"not compared: no formula here for the activation {name!r}")
+
+
+def plain_forward(config: Any, read: Callable[[str], Tensor], tokens: Tensor) -> Tensor:
+    """GPT-2 (Radford et al. 2019) written out once more, from the file's own tensors: tokens (T,) to logits (T, V).
+
+    Shares nothing with transformers' model or ours, so an error in either shows. float64, one layer in memory.
+    """
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scale = (centred.square().mean(-1, keepdim=True) + config.layer_norm_epsilon).rsqrt()
+        return centred * scale * read(f"{name}.weight") + read(f"{name}.bias")
+
+    def project(x: Tensor, name: str) -> Tensor:
+        return x @ read(f"{name}.weight") + read(f"{name}.bias")
+
+    n_tokens, n_head = len(tokens), config.n_head
+    future = torch.ones(n_tokens, n_tokens, dtype=torch.bool).triu(1)
+    embedding = read("transformer.wte.weight")
+    x = embedding[tokens] + read("transformer.wpe.weight")[:n_tokens]  # (T, C)
+    for i in range(config.n_layer):
+        layer = f"transformer.h.{i}"
+        qkv = project(norm(x, f"{layer}.ln_1"), f"{layer}.attn.c_attn")
+        q, k, v = qkv.view(n_tokens, 3, n_head, -1).permute(1, 2, 0, 3)  # (H, T, D) each
+        scores = q @ k.mT  # (H, T, T)
+        if config.scale_attn_weights:
+            scores = scores / math.sqrt(q.shape[-1])
+        if config.scale_attn_by_inverse_layer_idx:
+            scores = scores / (i + 1)
+        mixed = scores.masked_fill(future, -math.inf).softmax(-1) @ v
+        x = x + project(mixed.transpose(0, 1).reshape(n_tokens, -1), f"{layer}.attn.c_proj")
+        hidden = activation(config.activation_function, project(norm(x, f"{layer}.ln_2"), f"{layer}.mlp.c_fc"))
+        x = x + project(hidden, f"{layer}.mlp.c_proj")
+    head = embedding if config.tie_word_embeddings else read("lm_head.weight")
+    return norm(x, "transformer.ln_f") @ head.T
+
+
+def difference(logits: Tensor, expected: Tensor) -> float:
+    """Largest difference of two (T, V), relative to the largest logit once each row's mean, which says nothing, is
+    taken out."""
+    a, b = (t - t.mean(-1, keepdim=True) for t in (logits, expected))
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def check_files(f: Folder) -> str:
+    used = weight_files(f.path)
+    if missing := [file.name for file in used if not file.is_file()]:
+        raise CheckFailed(f"{INDEX} names {', '.join(missing)}, which is not there")
+    size = sum(file.stat().st_size for file in used)
+    if extra := sorted({path.name for path in f.path.glob("*.safetensors")} - {file.name for file in used}):
+        raise CheckWarning(f"{', '.join(extra)}: safetensors that no loader reads here")
+    if pickles := sorted(path.name for path in f.path.iterdir() if path.suffix in PICKLES):
+        raise CheckWarning(f"{', '.join(pickles)}: not published, since a pickle can run code when it is opened")
+    return f"{len(used)} safetensors file{'s' * (len(used) > 1)}, {size / 1e6:,.1f} MB"
+
+
+def check_config(f: Folder) -> str:
+    if f.config.get("model_type") != "gpt2":
+        raise CheckFailed(f"model_type is {f.config.get('model_type')!r}, not 'gpt2'")
+    if f.config.get("architectures") != ["GPT2LMHeadModel"]:
+        raise CheckFailed(f"architectures is {f.config.get('architectures')}, not ['GPT2LMHeadModel']")
+    for reference in f.config.get("auto_map", {}).values():
+        module = reference.split(".")[0]
+        if not (f.path / f"{module}.py").is_file():
+            raise CheckFailed(f"auto_map names {reference}, and {module}.py is not in the folder: save it again")
+    c = f.stock_config
+    shape = f"{c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads, {c.n_positions} positions"
+    return f"gpt2, {shape}, vocabulary {c.vocab_size}" + (", with code" if "auto_map" in f.config else "")
+
+
+def check_keys(f: Folder) -> str:
+    from transformers import GPT2LMHeadModel
+
+    with torch.device("meta"):
+        stock = GPT2LMHeadModel(f.stock_config).state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in stock.items()}
+    found = {name: f.shapes[in_file] for name, in_file in f.names.items()}
+    for either in (expected, found):
+        either.pop("lm_head.weight", None)  # the head has a check of its own
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} is not a weight of GPT-2" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{name} is {found[name]}, by config.json {expected[name]}"
+        for name in expected.keys() & found.keys()
+        if found[name] != expected[name]
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckFailed("; ".join(sorted(problems)[:3]) + more)
+    old = [f"{len(f.shapes) - len(f.names)} mask buffers"] if len(f.shapes) > len(f.names) else []
+    old += ["names without 'transformer.'"] if "wte.weight" in f.shapes else []
+    if old:
+        raise CheckWarning(f"an old file, which loads all the same: {', '.join(old)}")
+    n_parameters = sum(math.prod(shape) for shape in found.values())
+    return f"{len(found)} tensors, {n_parameters:,} parameters, exactly GPT-2's names and shapes"
+
+
+def check_head(f: Folder) -> str:
+    on_disk = "lm_head.weight" in f.names
+    if not f.stock_config.tie_word_embeddings:
+        if not on_disk:
+            raise CheckFailed("config.json unties the head, and the file has no lm_head.weight")
+        return "a head of its own, as config.json says"
+    if not on_disk:
+        return "the embedding, with one copy on disk"
+    if not torch.equal(f.read("lm_head.weight"), f.read("transformer.wte.weight")):
+        raise CheckFailed("lm_head.weight differs from the embedding, and config.json says they are tied")
+    raise CheckWarning("a second copy of the embedding is on disk")
+
+
+def check_finite(f: Folder) -> str:
+    dtypes = set()
+    for name, tensor in f.tensors():
+        if not tensor.isfinite().all():
+            n_bad = tensor.numel() - int(tensor.isfinite().sum())
+            raise CheckFailed(f"{name} has {n_bad:,} of {tensor.numel():,} values that are NaN or infinite")
+        if not _MASK_BUFFER.search(name):
+            dtypes.add(str(tensor.dtype).removeprefix("torch."))
+    return f"no NaN, no infinity; {', '.join(sorted(dtypes))}"
+
+
+def check_loading(f: Folder) -> str:
+    model, info = f.stock
+    name = type(model).__name__
+    if name != "GPT2LMHeadModel" or not type(model).__module__.startswith("transformers."):
+        raise CheckFailed(f"AutoModelForCausalLM gives {type(model).__module__}.{name}, not the stock GPT2LMHeadModel")
+    for kind, keys in info.items():
+        if keys := [str(key) for key in keys if not _MASK_BUFFER.search(str(key))]:
+            raise CheckFailed(f"{kind.replace('_', ' ')}: {', '.join(sorted(keys)[:3])}")
+    return "AutoModelForCausalLM gives GPT2LMHeadModel, no key missing or left over"
+
+
+def check_logits(f: Folder) -> str:
+    error = difference(f.stock_logits, plain_forward(f.stock_config, f.read, f.tokens))
+    if not error <= LOGITS_TOLERANCE:  # also when it is NaN
+        raise CheckFailed(f"differ from a calculation with the file's tensors by {error:.1e} of the largest logit")
+    return f"equal a calculation with the file's tensors to {error:.0e}"
+
+
+def check_tokenizer(f: Folder) -> str:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(f.path, local_files_only=True)
+    rows, size, eos = f.stock_config.vocab_size, len(tokenizer), tokenizer.eos_token_id
+    if size <= 1:
+        raise CheckFailed("no tokenizer: there is no tokenizer.json, and no vocab.json with merges.txt")
+    for text in TEXTS:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        back = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        if back != text:
+            raise CheckFailed(f"{text!r} comes back as {back!r}")
+    if size > rows:
+        raise CheckFailed(f"the tokenizer has {size} tokens, the model {rows} rows for them")
+    for owner, token in (("tokenizer", eos), ("config.json", f.stock_config.eos_token_id)):
+        if isinstance(token, int) and token >= rows:
+            raise CheckFailed(f"the {owner}'s end of text is token {token}, the model has {rows} rows")
+    if size < rows and (rows % 64 or rows - size >= 1024):
+        raise CheckFailed(f"the tokenizer has {size} tokens, the model {rows}: it is another model's")
+    if size < rows:
+        raise CheckWarning(f"{size} tokens for {rows} rows: the rest is padding")
+    if eos is None or eos != f.stock_config.eos_token_id:
+        raise CheckWarning(f"the end of text is {eos} here and {f.stock_config.eos_token_id} in config.json")
+    return f"{size} tokens, texts come back unchanged, end of text {eos}"
+
+
+def check_generation(f: Folder) -> str:
+    from transformers import GenerationConfig
+
+    model, n_new = f.stock[0], min(8, f.stock_config.n_positions - 4)
+    saved = (f.path / "generation_config.json").is_file()
+    if saved:
+        GenerationConfig.from_pretrained(f.path, local_files_only=True)
+    prompt = f.tokens[None, :4]
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n_new, do_sample=False, pad_token_id=0
+    )
+    if output.shape[1] <= prompt.shape[1]:
+        raise CheckFailed("generate() adds no token")
+    if not saved:
+        raise CheckWarning("generate() runs; there is no generation_config.json, its defaults come from config.json")
+    return f"generation_config.json loads, generate() adds {output.shape[1] - prompt.shape[1]} greedy tokens"
+
+
+def check_code(f: Folder) -> str:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(
+        f.path, dtype=torch.float32, local_files_only=True, trust_remote_code=True
+    )
+    if not type(model).__module__.startswith("transformers_modules."):
+        raise CheckFailed(f"trust_remote_code=True gives {type(model).__name__}, not the folder's class")
+    AutoTokenizer.from_pretrained(f.path, local_files_only=True, trust_remote_code=True)
+    with torch.no_grad():
+        error = difference(model(f.tokens[None]).logits[0].double(), f.stock_logits)
+    if not error <= LOGITS_TOLERANCE:
+        raise CheckFailed(f"logits differ from stock by {error:.1e} of the largest")
+    return f"trust_remote_code=True gives {type(model).__name__}, logits equal stock to {error:.0e}"
+
+
+CHECKS: dict[str, Callable[[Folder], str]] = {
+    "files": check_files,
+    "configuration": check_config,
+    "names, shapes": check_keys,
+    "head": check_head,
+    "values": check_finite,
+    "loading": check_loading,
+    "logits": check_logits,
+    "tokenizer": check_tokenizer,
+    "generation": check_generation,
+    "code": check_code,
+}
+
+
+def run_checks(path: Path) -> Iterator[Result]:
+    """All checks of a folder, in this process; one that fails does not stop the others."""
+    folder = Folder(path)
+    for name, check in CHECKS.items():
+        try:
+            if name == "code" and not folder.config.get("auto_map"):
+                continue
+            yield Result(name, "ok", check(folder))
+        except CheckWarning as warning:
+            yield Result(name, "warning", str(warning))
+        except Exception as error:  # whatever a library says of a broken file is the finding
+            text = " ".join(str(error).split()) or type(error).__name__
+            yield Result(name, "FAILED", text if len(text) <= 300 else text[:300] + " ...")
+
+
+def check_folders(
+    paths: Sequence[Path], report: Callable[[Path, Result], None] = lambda path, result: None
+) -> dict[Path, list[Result]]:
+    """Check folders one after another in a fresh process that cannot import gpt2_hf.
+
+    Args:
+        report: called with each result as it comes.
+    """
+    results: dict[Path, list[Result]] = {path: [] for path in paths}
+    names = {str(path.resolve()): path for path in paths}
+    with tempfile.TemporaryDirectory() as modules, tempfile.TemporaryFile("w+") as errors:
+        environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "CUDA_VISIBLE_DEVICES": ""}
+        process = subprocess.Popen(
+            # -P: this file's folder must not be searched for modules.
+            [sys.executable, "-P", __file__, *names],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, **environment},
+        )
+        assert process.stdout is not None
+        finished = set()
+        for line in process.stdout:
+            row = json.loads(line)
+            path = names[row.pop("folder")]
+            if not row:
+                finished.add(path)
+                continue
+            results[path].append(Result(**row))
+            report(path, results[path][-1])
+        code = process.wait()
+        errors.seek(0)
+        last = (errors.read().strip().splitlines() or ["no message"])[-1]
+    for path in results:
+        if path not in finished:
+            results[path].append(Result("process", "FAILED", f"ended with code {code} before the end: {last}"))
+            report(path, results[path][-1])
+    return results
+
+
+def main() -> None:
+    """The fresh process: a JSON line for each result of each folder in sys.argv, and one that ends each folder."""
+
+    class Hidden:
+        @staticmethod
+        def find_spec(name: str, *rest: Any) -> None:
+            if name.split(".")[0] == "gpt2_hf":
+                raise ImportError("gpt2_hf is hidden from the check")
+
+    sys.meta_path.insert(0, Hidden)
+    output, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with the results
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for folder in sys.argv[1:]:
+        for result in run_checks(Path(folder)):
+            print(json.dumps({"folder": folder, **asdict(result)}), file=output, flush=True)
+        print(json.dumps({"folder": folder}), file=output, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Check that a run's model, or a folder, is a GPT-2 that stock transformers loads; with --repo, push it to the Hub."""
+
+import sys
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from gpt2_hf.publish import publish
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("folder", help="a run, or a folder with a GPT-2 in it")
+    parser.add_argument("--repo", help="where to publish: me/my-gpt2; without it the folder is only checked")
+    parser.add_argument("--check", action="store_true", help="check only")
+    parser.add_argument("--with-code", "--with_code", action="store_true", help="publish our model code too")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--license", help="for the model card, where there is none yet: the Hub's name of a licence")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list what would be uploaded")
+    try:
+        args = parser.parse_args().as_dict()
+        passed = publish(**args)
+    except (ArgumentError, OSError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    if not passed:
+        raise SystemExit(1)
+    if args["repo"] is None and not args["check"]:
+        print("to publish it, add --repo YOUR_NAME/NAME")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,544 @@
+"""Publishing: folders that pass, folders that must not, code that travels, and what goes up. The Hub is a fake."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from gpt2_hf.data.tokenizer import ASSETS, VOCAB_SIZE
+from gpt2_hf.model import GPTConfig, GPTForCausalLM, GPTModel
+from gpt2_hf.publish import PublishError, find_model, publish
+from gpt2_hf.verify import LOGITS_TOLERANCE, Result, check_folders, difference, plain_forward
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "publish.py"
+BYTES = 257  # GPT-2's first 256 tokens are the bytes
+SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32}
+MISSING = "model-00002-of-00005.safetensors"
+CODE = {"configuration_gpt.py", "hub.py", "loss.py", "modeling_gpt.py"}
+PASSES = [Result("everything", "ok", "fine")]
+
+
+def small_model(**fields) -> GPTForCausalLM:
+    torch.manual_seed(0)
+    model = GPTForCausalLM(GPTConfig(**{**SMALL, **fields}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.3)  # large, so that attention is not uniform
+    return model.eval()
+
+
+def save(folder: Path, with_code: bool = False, tokenizer: str = "bytes", shards: str = "1GB", **fields) -> Path:
+    """A small model with GPT-2's tokenizer ("gpt2"), its first 256 tokens ("bytes", and fast), or none ("")."""
+    size = {"gpt2": VOCAB_SIZE}.get(tokenizer, BYTES)
+    fields = {"vocab_size": size, "bos_token_id": size - 1, "eos_token_id": size - 1, **fields}
+    small_model(**fields).save_pretrained(folder, with_code=with_code, max_shard_size=shards)
+    if tokenizer:
+        shutil.copy(ASSETS / "tokenizer" / "tokenizer_config.json", folder)
+        content = json.loads((ASSETS / "tokenizer" / "tokenizer.json").read_text())
+        if tokenizer == "bytes":
+            vocab = {token: number for token, number in content["model"]["vocab"].items() if number < 256}
+            content["model"] |= {"vocab": vocab | {"<|endoftext|>": 256}, "merges": []}
+            content["added_tokens"][0]["id"] = 256
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder
+
+
+def edit_weights(folder: Path, edit) -> Path:
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def edit_config(folder: Path, **fields) -> Path:
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def as_old_hub_file(weights):
+    for name in list(weights):
+        weights[name.removeprefix("transformer.")] = weights.pop(name)
+    for layer in range(SMALL["n_layer"]):
+        weights[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """Good folders, and folders with one thing wrong."""
+    root = tmp_path_factory.mktemp("folders")
+    new: dict[str, Path] = {}
+
+    def add(name: str, **options) -> Path:
+        new[name] = save(root / name, **options)
+        return new[name]
+
+    add("plain")
+    add("gpt2 tokenizer", tokenizer="gpt2")
+    add("with code", with_code=True)
+    add("sharded", shards="10KB")
+    features = {"activation_function": "gelu", "n_inner": 24, "layer_norm_epsilon": 1e-3}
+    add("relative", tie_word_embeddings=False, scale_attn_by_inverse_layer_idx=True, **features)
+
+    edit_config(edit_weights(add("old hub file"), as_old_hub_file), n_ctx=32)
+    edit_weights(add("two equal copies"), lambda w: w.update({"lm_head.weight": w["transformer.wte.weight"].clone()}))
+    add("padded vocabulary", vocab_size=320)
+    (add("no generation config") / "generation_config.json").unlink()
+
+    edit_weights(add("missing key"), lambda w: w.pop("transformer.ln_f.bias"))
+    edit_weights(add("extra key"), lambda w: w.update({"transformer.h.0.attn.gate": torch.ones(1)}))
+    edit_weights(add("wrong shape"), lambda w: w.update({"transformer.wpe.weight": torch.zeros(31, 16)}))
+    edit_weights(add("extra head"), lambda w: w.update({"lm_head.weight": torch.randn(BYTES, 16)}))
+    edit_weights(add("nan"), lambda w: w["transformer.h.1.mlp.c_fc.weight"][3].fill_(torch.nan))
+    weights = add("truncated") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    (add("missing shard", shards="10KB") / MISSING).unlink()
+    add("small vocabulary", vocab_size=211, bos_token_id=0, eos_token_id=0)
+    add("large vocabulary", vocab_size=2000)
+    add("no tokenizer", tokenizer="")
+    torch.save({}, add("pickle too") / "pytorch_model.bin")
+    (add("pickle only") / "model.safetensors").unlink()
+    torch.save({}, new["pickle only"] / "pytorch_model.bin")
+    edit_config(add("code named, not there"), auto_map={"AutoConfig": "configuration_gpt.GPTConfig"})
+    edit_config(add("another model"), model_type="gpt_neo", architectures=["GPTNeoForCausalLM"])
+    modeling = add("code that needs us", with_code=True) / "modeling_gpt.py"
+    modeling.write_text("import gpt2_hf\n" + modeling.read_text())
+    modeling = add("code that differs", with_code=True) / "modeling_gpt.py"
+    modeling.write_text(modeling.read_text().replace("self.scaling = ", "self.scaling = 2 * "))
+    (add("broken config") / "config.json").write_text("{")
+    return new
+
+
+@pytest.fixture(scope="module")
+def results(folders) -> dict[str, dict[str, Result]]:
+    """Folder's name -> check -> result. One process does them all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # models this small gain nothing from threads, and lose on a busy machine
+        found = check_folders(list(folders.values()))
+    return {path.name: {result.check: result for result in list_} for path, list_ in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("folder", "warnings"),
+    [
+        ("plain", set()),
+        ("gpt2 tokenizer", set()),
+        ("with code", set()),
+        ("sharded", set()),
+        ("relative", set()),
+        ("old hub file", {"names, shapes"}),
+        ("two equal copies", {"head"}),
+        ("padded vocabulary", {"tokenizer"}),
+        ("no generation config", {"generation"}),
+        ("pickle too", {"files"}),
+    ],
+)
+def test_good_folders_pass(results, folder, warnings):
+    found = results[folder]
+    assert {result.check for result in found.values() if result.status != "ok"} == warnings, found
+    assert not [result for result in found.values() if result.status == "FAILED"], found
+    assert len(found) == (10 if folder == "with code" else 9)
+
+
+@pytest.mark.parametrize(
+    ("folder", "check", "words"),
+    [
+        ("missing key", "names, shapes", "transformer.ln_f.bias is missing"),
+        ("missing key", "loading", "missing keys: transformer.ln_f.bias"),
+        ("missing key", "logits", "transformer.ln_f.bias is missing"),
+        ("extra key", "names, shapes", "transformer.h.0.attn.gate is not a weight of GPT-2"),
+        ("wrong shape", "names, shapes", "transformer.wpe.weight is (31, 16), by config.json (32, 16)"),
+        ("extra head", "head", "differs from the embedding"),
+        ("nan", "values", "transformer.h.1.mlp.c_fc.weight has 64 of 1,024 values"),
+        ("nan", "logits", "nan"),
+        ("truncated", "loading", ""),
+        ("truncated", "values", ""),
+        ("missing shard", "files", f"{MISSING}, which is not there"),
+        ("small vocabulary", "tokenizer", "the tokenizer has 257 tokens, the model 211"),
+        ("large vocabulary", "tokenizer", "another model's"),
+        ("no tokenizer", "tokenizer", "no tokenizer"),
+        ("pickle only", "files", "no model.safetensors"),
+        ("code named, not there", "configuration", "configuration_gpt.py is not in the folder"),
+        ("another model", "configuration", "gpt_neo"),
+        ("code that needs us", "code", "gpt2_hf"),
+        ("code that differs", "code", "differ from stock"),
+        ("broken config", "configuration", ""),
+    ],
+)
+def test_bad_folders_fail_where_they_are_bad(results, folder, check, words):
+    assert results[folder][check].status == "FAILED"
+    assert words in results[folder][check].text
+    assert len(results[folder]) >= 9  # the other checks ran
+
+
+@pytest.mark.parametrize("folder", ["small vocabulary", "extra head", "no tokenizer", "nan"])
+def test_what_is_sound_in_a_bad_folder_is_not_blamed(results, folder):
+    failed = {result.check for result in results[folder].values() if result.status == "FAILED"}
+    assert failed <= {"files", "head", "tokenizer", "values", "loading", "logits"} and len(failed) <= 3
+    assert results[folder]["names, shapes"].status == "ok"
+
+
+def test_the_independent_calculation_sees_every_feature():
+    """It equals stock as configured, and does not when a single feature is another."""
+    fields = {"activation_function": "gelu_new", "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True}
+    ours = small_model(vocab_size=97, **fields)
+    stock = GPT2LMHeadModel(GPT2Config(**SMALL, vocab_size=97, **fields)).eval()
+    stock.load_state_dict(ours.state_dict())
+    weights = {name: tensor.double() for name, tensor in stock.state_dict().items()}
+    tokens = torch.randint(97, (32,))
+    with torch.no_grad():
+        logits = stock(tokens[None]).logits[0].double()
+
+    def error(**changed) -> float:
+        config = GPT2Config(**{**SMALL, **fields, **changed}, vocab_size=97)
+        return difference(logits, plain_forward(config, weights.__getitem__, tokens))
+
+    assert error() < LOGITS_TOLERANCE / 10
+    for changed in (
+        {"activation_function": "gelu"},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"scale_attn_weights": False},
+        {"layer_norm_epsilon": 1e-2},
+        {"n_head": 4},
+    ):
+        assert error(**changed) > LOGITS_TOLERANCE, changed
+    assert not difference(logits * float("nan"), logits) <= LOGITS_TOLERANCE
+
+
+def test_a_check_that_dies_has_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    (result,) = check_folders([tmp_path])[tmp_path]
+    assert result.status == "FAILED" and "ended with code 1" in result.text
+
+
+# Code that travels
+
+
+def test_code_travels_only_when_asked(tmp_path):
+    model = small_model(vocab_size=97)
+    model.save_pretrained(tmp_path / "code", with_code=True)
+    assert {path.name for path in (tmp_path / "code").glob("*.py")} == CODE
+    assert json.loads((tmp_path / "code" / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
+
+    loaded = GPTForCausalLM.from_pretrained(tmp_path / "code")
+    model.save_pretrained(tmp_path / "again")
+    loaded.save_pretrained(tmp_path / "loaded")
+    loaded.config.save_pretrained(tmp_path / "config")
+    GPTModel.from_pretrained(tmp_path / "code").save_pretrained(tmp_path / "base")
+    for name in ("again", "loaded", "config", "base"):
+        assert "auto_map" not in json.loads((tmp_path / name / "config.json").read_text())
+        assert not list((tmp_path / name).glob("*.py"))
+
+
+@pytest.mark.parametrize("with_code", [False, True])
+def test_push_to_hub_takes_with_code(monkeypatch, with_code):
+    pushed = {}
+
+    def upload(self, folder, repo_id, *args, **kwargs):
+        pushed.update({path.name: path.read_bytes() for path in Path(folder).iterdir()})
+
+    repository = SimpleNamespace(repo_id="me/x")
+    hub = transformers.utils.hub
+    monkeypatch.setattr(hub, "hf_api", lambda: SimpleNamespace(create_repo=lambda *a, **k: repository), raising=False)
+    monkeypatch.setattr(hub, "create_repo", lambda *a, **k: repository, raising=False)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *a, **k: huggingface_hub.ModelCard("---\n---\n"))
+    monkeypatch.setattr(GPTForCausalLM, "_upload_modified_files", upload)
+    small_model(vocab_size=97).push_to_hub("me/x", with_code=with_code)
+    stock = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert pushed.keys() == stock | (CODE if with_code else set())
+    assert ("auto_map" in json.loads(pushed["config.json"])) == with_code
+
+
+def test_travelled_code_trains_generates_and_travels_on(tmp_path):
+    """In a process without our package: silently stock by default, ours when trusted, and plain when saved again."""
+    model = small_model(vocab_size=97, bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    model.save_pretrained(tmp_path / "code", with_code=True)
+    tokens = torch.arange(20)[None]
+    model(tokens[:, :-1], shift_labels=tokens[:, 1:]).loss.backward()
+    torch.save({"logits": model(tokens).logits, "grad": model.transformer.wte.weight.grad}, tmp_path / "expected.pt")
+    program = f"""
+import json, sys
+from pathlib import Path
+class Hide:
+    def find_spec(self, name, *rest):
+        if name.split('.')[0] == 'gpt2_hf': raise ImportError(name)
+sys.meta_path.insert(0, Hide())
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+root = Path({str(tmp_path)!r})
+expected = torch.load(root / "expected.pt")
+tokens = torch.arange(20)[None]
+for choice in ({{}}, {{"trust_remote_code": False}}, {{"trust_remote_code": True}}):
+    model, info = AutoModelForCausalLM.from_pretrained(root / "code", output_loading_info=True, **choice)
+    assert not any(info.values()), info
+    assert torch.allclose(model(tokens).logits, expected["logits"], atol=1e-5)
+    print(type(model).__name__)
+stock = AutoModelForCausalLM.from_pretrained(root / "code")
+texts = [m.generate(tokens[:, :5], do_sample=False, max_new_tokens=9, pad_token_id=0) for m in (model, stock)]
+assert torch.equal(*texts) and texts[0].shape[1] > 5, texts
+model.train()
+out = model(tokens[:, :-1], shift_labels=tokens[:, 1:])
+assert out.logits is None
+out.loss.backward()
+assert torch.allclose(model.transformer.wte.weight.grad, expected["grad"], atol=1e-6)
+model.save_pretrained(root / "plain")
+model.config.save_pretrained(root / "config")
+AutoConfig.from_pretrained(root / "code", trust_remote_code=True).save_pretrained(root / "config2")
+for name in ("plain", "config", "config2"):
+    assert "auto_map" not in json.loads((root / name / "config.json").read_text())
+    assert not list((root / name).glob("*.py"))
+model.save_pretrained(root / "on", with_code=True)
+model = AutoModelForCausalLM.from_pretrained(root / "on", trust_remote_code=True)
+assert torch.allclose(model.eval()(tokens).logits, expected["logits"], atol=1e-5)
+print(type(model).__name__, type(AutoModel.from_pretrained(root / "on", trust_remote_code=True)).__name__)
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [*["GPT2LMHeadModel"] * 2, *["GPTForCausalLM"] * 2, "GPTModel"]
+    for name in CODE:
+        assert (tmp_path / "on" / name).read_bytes() == (tmp_path / "code" / name).read_bytes()
+
+
+# Publishing
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A finished run: a final model among what must not go up, and its figures."""
+    final = save(tmp_path / "run" / "final")
+    (final / "manifest.json").write_text("{}")
+    (final / "trainer_state").mkdir()
+    (final / "trainer_state" / "optimizer.pt").write_bytes(b"x")
+    (final / "events.log").write_text("x")
+    rows = [
+        {"step": 10, "tokens_seen": 5_000, "val_loss": 9.0},
+        {"step": 20, "tokens_seen": 10_000, "val_loss": 7.25, "val_bpb": 2.5},
+        {"step": 20, "tokens_seen": 10_000, "hellaswag_acc": 0.26, "hellaswag_items": 500, "hellaswag_stderr": 0.02},
+    ]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def hub(monkeypatch) -> dict:
+    """A Hub that takes everything and remembers it; checks pass without a process."""
+    seen: dict = {}
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, delete_patterns, commit_message):
+        files = [path.name for path in Path(folder_path).rglob("*") if path.is_file()]
+        seen["files"] = {
+            name: (Path(folder_path) / name).read_bytes()
+            for name in filter_repo_objects(files, allow_patterns=allow_patterns)
+        }
+        seen["repo_id"], seen["delete"] = repo_id, delete_patterns
+
+    def create_repo(self, repo_id, *, private=None, exist_ok=False):
+        seen["private"] = private
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+    monkeypatch.setattr(HfApi, "whoami", lambda self: {"name": "me"})
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr("gpt2_hf.publish.check_folders", lambda paths, report=None: {paths[0]: PASSES})
+    return seen
+
+
+STOCK = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+def test_only_stock_files_go_up(run, hub, capsys):
+    assert publish(run, "my-gpt2", private=True, license="mit")
+    assert hub["files"].keys() == STOCK and hub["repo_id"] == "me/my-gpt2" and hub["private"] is True
+    for name in STOCK - {"README.md"}:
+        assert hub["files"][name] == (run / "final" / name).read_bytes()
+    assert not (run / "final" / "README.md").exists()
+    output = capsys.readouterr().out
+    assert f"taking {run / 'final'}" in output and "https://huggingface.co/me/my-gpt2" in output
+    assert 'AutoModelForCausalLM.from_pretrained("me/my-gpt2")' in output
+
+
+def test_the_card_says_what_is_known(run, hub):
+    publish(run, "me/my-gpt2", license="mit")
+    card = huggingface_hub.ModelCard(hub["files"]["README.md"].decode())
+    assert card.data.to_dict() == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["gpt2"],
+        "license": "mit",
+    }
+    n_parameters = f"{small_model(vocab_size=BYTES).num_parameters():,}"
+    for words in (
+        n_parameters,
+        "10,000 tokens",
+        "| 7.2500 |",
+        "| 2.5000 |",
+        "| 0.2600 |",
+        "500 of 10,042",
+        "me/my-gpt2",
+    ):
+        assert words in card.text
+    assert "9.0" not in card.text
+
+    shutil.copytree(run / "final", run / "checkpoints" / "step-00000010")
+    publish(run / "checkpoints" / "step-00000010", "me/early")
+    card = huggingface_hub.ModelCard(hub["files"]["README.md"].decode())
+    assert "| 9.0000 |" in card.text and "7.25" not in card.text and card.data.license is None
+
+    shutil.copytree(run / "final", run / "elsewhere")  # nothing says that it is this run's model
+    publish(run / "elsewhere", "me/other")
+    assert "measure" not in hub["files"]["README.md"].decode()
+
+
+def test_a_card_that_is_there_stays(run, hub):
+    (run / "final" / "README.md").write_text("# mine\n")
+    publish(run, "me/my-gpt2")
+    assert hub["files"]["README.md"] == b"# mine\n"
+    with pytest.raises(PublishError, match="license"):
+        publish(run, "me/my-gpt2", license="mit")
+
+
+def test_code_goes_up_when_asked_and_is_left_out_when_not(run, hub, capsys):
+    publish(run, "me/my-gpt2", with_code=True)
+    assert hub["files"].keys() == STOCK | CODE
+    assert json.loads(hub["files"]["config.json"])["auto_map"]["AutoConfig"] == "configuration_gpt.GPTConfig"
+    assert "auto_map" not in json.loads((run / "final" / "config.json").read_text())
+    assert "trust_remote_code=True" in capsys.readouterr().out
+
+    save(run / "final", with_code=True)
+    publish(run, "me/my-gpt2")
+    assert hub["files"].keys() == STOCK and set(hub["delete"]) >= CODE
+    assert "auto_map" not in json.loads(hub["files"]["config.json"])
+
+
+def test_shards_go_up_with_their_index(run, hub):
+    (run / "final" / "model.safetensors").unlink()
+    save(run / "final", shards="10KB")
+    publish(run, "me/my-gpt2")
+    shards = {name for name in hub["files"] if name.startswith("model-")}
+    assert len(shards) > 1 and "model.safetensors.index.json" in hub["files"]
+
+
+def test_dry_run_lists_and_asks_nobody(run, hub, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
+    assert publish(run, "me/my-gpt2", dry_run=True)
+    output = capsys.readouterr().out
+    assert not hub and "would upload to me/my-gpt2" in output
+    size = (run / "final" / "model.safetensors").stat().st_size
+    assert f"{size:,} bytes  model.safetensors" in output
+
+
+def test_a_failed_check_stops_the_upload(run, hub, monkeypatch, capsys):
+    bad = [*PASSES, Result("head", "FAILED", "two of them")]
+    monkeypatch.setattr("gpt2_hf.publish.check_folders", lambda paths, report=None: {paths[0]: bad})
+    assert publish(run, "me/my-gpt2") is False
+    assert not hub and "1 of 2 checks FAILED; nothing is published" in capsys.readouterr().out
+
+
+def test_a_broken_folder_is_checked_and_not_uploaded(run, hub):
+    (run / "final" / "config.json").write_text("{")
+    with pytest.raises(PublishError, match="cannot be prepared"):  # here the check was made to pass
+        publish(run, "me/my-gpt2")
+    assert not hub
+
+
+def answer(status: int):
+    def raise_it(*args, **kwargs):
+        response = SimpleNamespace(status_code=status, headers={}, request=None)
+        raise HfHubHTTPError(f"{status} Client Error", response=response)
+
+    return raise_it
+
+
+def test_what_the_hub_refuses_is_one_line(run, hub, monkeypatch):
+    for repo in ("a/b/c", "me/has space", "-x", "me/x.git"):
+        with pytest.raises(PublishError, match="not the name of a repository"):
+            publish(run, repo)
+    monkeypatch.setattr(HfApi, "create_repo", answer(403))
+    with pytest.raises(PublishError, match="may not write to you/x"):
+        publish(run, "you/x")
+    monkeypatch.setattr(HfApi, "whoami", answer(401))
+    with pytest.raises(PublishError, match="token is not valid"):
+        publish(run, "me/x")
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: True)
+    with pytest.raises(PublishError, match="HF_HUB_OFFLINE"):
+        publish(run, "me/x")
+    monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
+    with pytest.raises(PublishError, match="hf auth login"):
+        publish(run, "me/x")
+
+
+def test_the_folder_meant(tmp_path, run):
+    assert find_model(run) == run / "final" and find_model(run / "final") == run / "final"
+    with pytest.raises(PublishError, match="no folder"):
+        find_model(tmp_path / "nowhere")
+    with pytest.raises(PublishError, match="no config"):
+        find_model(tmp_path)
+    from gpt2_hf.checkpoint import write_folder
+
+    for step in (10, 20):
+        write_folder(tmp_path / "killed" / "checkpoints" / f"step-{step:08d}", save)
+    newest = tmp_path / "killed" / "checkpoints" / "step-00000020"
+    assert find_model(tmp_path / "killed") == newest
+    (newest / "model.safetensors").write_bytes(b"damaged")
+    assert find_model(tmp_path / "killed").name == "step-00000010"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--check", "RUN"], 0, "1 checks passed"),
+        (["RUN"], 0, "add --repo"),
+        (["RUN", "--repo", "me/my-gpt2", "--with-code"], 0, "trust_remote_code"),
+        (["RUN", "--repo", "me/my-gpt2", "--check"], 0, "1 checks passed"),
+        (["/no/such/folder"], 2, "error: no folder"),
+        (["RUN", "--repo", "a/b/c"], 2, "error: --repo"),
+        ([], 2, "error: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_command(run, hub, monkeypatch, capsys, arguments, code, words):
+    monkeypatch.setattr(sys, "argv", ["publish.py", *(str(run) if a == "RUN" else a for a in arguments)])
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        found = 0
+    except SystemExit as end:
+        found = end.code
+    output = capsys.readouterr()
+    assert found == code and words in output.out + output.err
+    assert bool(hub) == ("--repo" in arguments and "--check" not in arguments and code == 0)
+
+
+def test_a_failed_check_is_exit_code_1(run, hub, monkeypatch):
+    bad = [Result("everything", "FAILED", "")]
+    monkeypatch.setattr("gpt2_hf.publish.check_folders", lambda paths, report=None: {paths[0]: bad})
+    monkeypatch.setattr(sys, "argv", ["publish.py", "--check", str(run)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert end.value.code == 1
