@@ -184,6 +184,9 @@ def test_other_readers_read_the_shards(tmp_path: Path, wanted):
         assert (np.concatenate([shard.tokens() for shard in ours.shards]) == tokens).all()
 
 
+REPAIR = "repair the text, or leave it out"
+
+
 def test_bad_lines_are_counted_and_named(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(module, "TASK_BYTES", 400)
     good = [json.dumps({"text": text}).encode() for text in TEXTS[:40]]
@@ -194,11 +197,14 @@ def test_bad_lines_are_counted_and_named(tmp_path: Path, monkeypatch, capsys):
         25: (b'{"text": " \\n"}', "empty text"),
         30: (b'{"text": "\xff\xfe"}', "not valid UTF-8 or JSON"),
         31: (b"[1, 2]", "not valid UTF-8 or JSON"),
+        32: (b'{"text": "a\\ud800b"}', f"not valid Unicode: lone surrogate U+D800 at character 1 of 3: {REPAIR}"),
+        33: (b'{"text": "\\ude00\\ud83d"}', f"not valid Unicode: lone surrogate U+DE00 at character 0 of 2: {REPAIR}"),
+        34: (b'{"text": "\xed\xa0\x80"}', "not valid UTF-8 or JSON"),  # a surrogate in bytes
     }
     lines = list(good)
     for number, (line, _) in bad.items():
         lines.insert(number - 1, line)
-    lines.insert(35, b"")  # a blank line is nothing
+    lines.insert(37, b"")  # a blank line is nothing
     body = b"\xef\xbb\xbf" + b"\r\n".join(lines)  # with a byte-order mark, without a last line end
     (tmp_path / "plain.jsonl").write_bytes(body)
     (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(body))
@@ -206,11 +212,22 @@ def test_bad_lines_are_counted_and_named(tmp_path: Path, monkeypatch, capsys):
         out = tmp_path / f"out-{name}"
         path = tmp_path / name
         manifest = json.loads(prepare(PrepareConfig((str(path),), out=str(out), workers=1, val_fraction=0)).read_text())
-        assert manifest["skipped"] == {"empty": 1, "broken": 3, "no_text": 2}
+        assert manifest["skipped"] == {"empty": 1, "broken": 4, "no_text": 2, "surrogate": 2}
         assert documents(out, "train") == expected(TEXTS[:40])
         named = [f"{path}:{number}: {reason}" for number, (_, reason) in bad.items()]
         assert (out / "logs" / "skipped.txt").read_text().splitlines() == named
         assert named[0] in capsys.readouterr().out
+
+
+def test_surrogate_pairs_in_json_escapes_are_characters(tmp_path: Path):
+    texts = ["a😀b", "𝐀" * 5, "plain"]
+    lines = [json.dumps({"text": text}, ensure_ascii=True) for text in texts]
+    assert "\\ud83d\\ude00" in lines[0]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    manifest = prepare(PrepareConfig((str(tmp_path / "docs.jsonl"),), out=str(out), workers=1, val_fraction=0))
+    assert not any(json.loads(manifest.read_text())["skipped"].values())
+    assert documents(out, "train") == expected(texts)
 
 
 @pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.jsonl.zst", "cut.parquet"])

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_tokenizer import assert_all_agree
 from test_train import losses, run, tiny
 
 from gpt2_hf.data.prepare import PrepareConfig, prepare
 from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.tokenizer import load_tokenizer
+
+zstandard = pytest.importorskip("zstandard")
 
 DATA = os.environ.get("GPT2_HF_DATA")
 pytestmark = [
@@ -37,6 +40,20 @@ def test_shards_hold_every_document_as_the_slow_tokenizer_sees_it(prepared):
             tokens, ends = shard.tokens(), shard.document_ends()
             found += [tuple(part.tolist()) for part in np.split(tokens, ends[:-1])]
     assert sorted(found) == expected
+
+
+def test_20_megabytes_of_books_law_and_documentation_agree():
+    """encode_document, tiktoken with GPT-2's published files and pattern, and `tokenizers` give the same ids."""
+    texts, sources, n_bytes = [], set(), 0
+    with zstandard.open(f"{DATA}/corpus/corpus-train-00-of-08.jsonl.zst", "rt", encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            texts.append(row["text"])
+            sources.add(row["set"])
+            n_bytes += len(row["text"].encode())
+            if n_bytes >= 20e6:
+                break
+    assert {"gutenberg-cmpe226", "frus", "dc-law", "ms-win32", "mdn-archive"} <= sources
+    assert assert_all_agree(texts) >= 20e6
 
 
 def test_a_small_model_learns_prose(prepared, tmp_path):

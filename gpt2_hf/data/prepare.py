@@ -41,7 +41,12 @@ REPORTS_PER_TASK = 1000  # skipped documents that are listed one by one; all are
 COPY_TOKENS = 2**23
 SHAKESPEARE_VAL = ("a-midsummer-night-s-dream", "macbeth")
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
-REASONS = {"empty": "empty text", "broken": "not valid UTF-8 or JSON", "no_text": "no text in the text field"}
+REASONS = {
+    "empty": "empty text",
+    "broken": "not valid UTF-8 or JSON",
+    "no_text": "no text in the text field",
+    "surrogate": "not valid Unicode",
+}
 # Kept of each document beside its tokens: where it ends, in tokens and in bytes of text, and what the split goes by.
 RECORD = np.dtype([("token_end", "<u8"), ("byte_end", "<u8"), ("key", "<u8")])
 Row = tuple[Any, dict[str, Any]]  # a document's fields (None if it was not readable), and where it stands
@@ -472,12 +477,17 @@ class WriteTokens:
             open(f"{base}.docs{mine}", "wb", 2**14) as records_file,
         ):
             for document in data:
-                if problem := document.metadata.get("skipped"):
+                report = document.metadata
+                if "skipped" not in report:
+                    try:
+                        tokens = encode_document(document.text)
+                    except UnicodeError as error:
+                        report = report | {"skipped": "surrogate", "detail": str(error)}
+                if problem := report.get("skipped"):
                     skipped[problem] += 1
                     if len(reports) < REPORTS_PER_TASK:
-                        reports.append(document.metadata)
+                        reports.append(report)
                     continue
-                tokens = encode_document(document.text)
                 token_end += len(tokens)
                 byte_end += int(lengths[tokens].sum())
                 tokens_file.write(tokens.astype("<u2", copy=False).tobytes())
@@ -490,8 +500,7 @@ class WriteTokens:
         """The documents with the smallest keys are held out for validation."""
         if self.val_ids:
             return 0 if document.id in self.val_ids else 1
-        text = document.text.encode("utf-8", "surrogatepass")
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+        return int.from_bytes(hashlib.blake2b(document.text.encode(), digest_size=8).digest(), "little")
 
 
 @contextlib.contextmanager
@@ -578,7 +587,8 @@ def _with_line_numbers(reports: list[dict[str, Any]]) -> Iterator[str]:
                     file = file or stack.enter_context(open(path, "rb"))
                     while block := file.read(min(2**20, report["offset"] - position)):
                         line, position = line + block.count(b"\n"), position + len(block)
-                yield f"{path}:{report.get('line', line)}: {REASONS[report['skipped']]}"
+                reason = ": ".join(filter(None, (REASONS[report["skipped"]], report.get("detail"))))
+                yield f"{path}:{report.get('line', line)}: {reason}"
 
 
 def _cut_shards(config: PrepareConfig, parts: list[Path]) -> dict[str, Any]:
