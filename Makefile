@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_DISABLE_TELEMETRY := 1
 
+# A process per core and a thread per process: more would fight over the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
+
 # The oldest transformers that setup.cfg admits, with what it needs, is laid over $(VENV): not a second PyTorch.
 LOWER := .venv-lower
 LOWEST := $(shell sed -n 's/^ *transformers>=//p' setup.cfg).0
@@ -13,8 +16,8 @@ LOWEST := $(shell sed -n 's/^ *transformers>=//p' setup.cfg).0
 
 help:
 	@echo "make demo    train a small GPT-2 on Shakespeare, evaluate it, sample from it (minutes on two cores)"
-	@echo "make test    run the tests"
-	@echo "make test-lower  run them with transformers $(LOWEST), the oldest supported; TESTS='tests/test_model.py ...' for some"
+	@echo "make test    run the tests; TESTS='tests/test_model.py ...' for some of them"
+	@echo "make test-lower  run them with transformers $(LOWEST), the oldest supported"
 	@echo "make lint    check format, style and types"
 	@echo "make setup   make the virtual environment $(VENV) only"
 
@@ -33,11 +36,11 @@ demo: setup
 		scripts/pretrain.py --config recipes/demo.yaml
 
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) $(TESTS)
 
 test-lower: $(LOWER)/ready
 	PYTHONPATH=$(CURDIR)/$(LOWER) $(BIN)/python -c 'from transformers import __version__ as v; assert v == "$(LOWEST)", v'
-	PYTHONPATH=$(CURDIR)/$(LOWER) $(BIN)/python -m pytest $(TESTS)
+	PYTHONPATH=$(CURDIR)/$(LOWER) $(PYTEST) $(TESTS)
 
 $(LOWER)/ready: $(VENV)/ready
 	rm -rf $(LOWER)
