@@ -483,6 +483,13 @@ def test_decoding_compiled_by_inductor(way):
         tokens = generate(ours, **batch, cache_implementation="static", compile_config=compiled)
     else:
         ours.forward = torch.compile(ours.forward, dynamic=True)
-        tokens = generate(ours, **batch)
+        try:
+            tokens = generate(ours, **batch)
+        except torch._inductor.exc.InductorError:
+            torch._dynamo.reset()
+            stock.forward = torch.compile(stock.forward, dynamic=True)
+            with pytest.raises(torch._inductor.exc.InductorError):  # as torch 2.11 on a CPU
+                generate(stock, **batch)
+            pytest.skip(f"torch {torch.__version__} cannot compile stock either")
     torch._dynamo.reset()
     assert torch.equal(tokens, expected)
