@@ -363,14 +363,15 @@ def _join_values(argv: list[str], typed: dict[str, Any]) -> list[str]:
         if not item.startswith("--") or item == "--help" or item.startswith("--print_config"):
             joined.append(item)
             continue
-        name, equals, _ = item[2:].partition("=")
+        name, equals, value = item[2:].partition("=")
+        name = name.replace("-", "_")  # --on-error is --on_error
         _check_known(name, typed, "")
         if not equals:
-            value = next(items, None)
-            if value is None:
+            given = next(items, None)
+            if given is None:
                 raise ConfigError(f"--{name} needs a value")
-            item = f"{item}={value}"
-        joined.append(item)
+            value = given
+        joined.append(f"--{name}={value}")
     return joined
 
 

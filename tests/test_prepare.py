@@ -7,14 +7,18 @@ import gzip
 import hashlib
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gpt2_hf.data import prepare as module
+from gpt2_hf.data import read as reading
+from gpt2_hf.data import write as writing
 from gpt2_hf.data.prepare import PrepareConfig, prepare
 from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.tokenizer import EOT, load_tokenizer
@@ -81,7 +85,11 @@ def expected(texts: list[str]) -> list[tuple[int, ...]]:
 
 def tree(out: Path) -> dict[str, bytes]:
     """Every file that a reader of the data sees."""
-    files = [out / "manifest.json", *(path for split in ("train", "val") for path in (out / split).iterdir())]
+    files = [
+        out / "manifest.json",
+        out / "report.json",
+        *(path for split in ("train", "val") for path in (out / split).iterdir()),
+    ]
     return {path.relative_to(out).as_posix(): path.read_bytes() for path in files}
 
 
@@ -128,13 +136,13 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, kind: str, wanted
 
 
 def test_workers_do_not_change_a_byte(tmp_path: Path, monkeypatch, wanted):
-    monkeypatch.setattr(module, "TASK_BYTES", 5000)  # the file is cut into several tasks
+    monkeypatch.setattr(reading, "TASK_BYTES", 5000)  # the file is cut into several tasks
     source = write_jsonl(tmp_path / "docs.jsonl", TEXTS)
     trees = []
     for workers in (1, 2, 3):
         out = tmp_path / f"out{workers}"
         prepare(PrepareConfig((str(source),), out=str(out), workers=workers, tokens_per_shard=1000, val_fraction=0.1))
-        assert len(list((out / "logs" / "completions").iterdir())) > 5
+        assert len(list((out / "logs" / "tokens" / "completions").iterdir())) > 5
         trees.append(tree(out))
     assert trees[0] == trees[1] == trees[2]
     assert str(tmp_path) not in trees[0]["manifest.json"].decode()
@@ -147,10 +155,10 @@ def test_workers_do_not_change_a_byte(tmp_path: Path, monkeypatch, wanted):
 def test_cutting_a_file_anywhere_loses_no_line(tmp_path: Path, monkeypatch, wanted):
     source = write_jsonl(tmp_path / "docs.jsonl", TEXTS[:12])
     size = source.stat().st_size
-    reader = module.ReadDocuments(PrepareConfig((str(source),), out="unused"), [], None)
+    reader = reading.ReadDocuments(reading.Source((str(source),)), [])
     for cut in range(1, size, 7):
-        pieces = [module.Piece(str(source), 0, cut), module.Piece(str(source), cut, size)]
-        assert [row["text"] for piece in pieces for row, _ in reader._rows(piece)] == TEXTS[:12], cut
+        pieces = [reading.Piece(str(source), "bytes", 0, cut), reading.Piece(str(source), "bytes", cut, size)]
+        assert [row["text"] for piece in pieces for row, _ in reader.rows(piece)] == TEXTS[:12], cut
 
 
 @pytest.mark.parametrize("tokens_per_shard", [1, 100, 1000, 10**9])
@@ -188,7 +196,7 @@ REPAIR = "repair the text, or leave it out"
 
 
 def test_bad_lines_are_counted_and_named(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "TASK_BYTES", 400)
+    monkeypatch.setattr(reading, "TASK_BYTES", 400)
     good = [json.dumps({"text": text}).encode() for text in TEXTS[:40]]
     bad = {
         10: (b'{"text": "cut of', "not valid UTF-8 or JSON"),
@@ -212,10 +220,10 @@ def test_bad_lines_are_counted_and_named(tmp_path: Path, monkeypatch, capsys):
         out = tmp_path / f"out-{name}"
         path = tmp_path / name
         manifest = json.loads(prepare(PrepareConfig((str(path),), out=str(out), workers=1, val_fraction=0)).read_text())
-        assert manifest["skipped"] == {"empty": 1, "broken": 4, "no_text": 2, "surrogate": 2}
+        assert manifest["dropped"] == {"empty": 1, "broken": 4, "no_text": 2, "surrogate": 2}
         assert documents(out, "train") == expected(TEXTS[:40])
         named = [f"{path}:{number}: {reason}" for number, (_, reason) in bad.items()]
-        assert (out / "logs" / "skipped.txt").read_text().splitlines() == named
+        assert (out / "logs" / "dropped.txt").read_text().splitlines() == named
         assert named[0] in capsys.readouterr().out
 
 
@@ -226,20 +234,219 @@ def test_surrogate_pairs_in_json_escapes_are_characters(tmp_path: Path):
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
     out = tmp_path / "out"
     manifest = prepare(PrepareConfig((str(tmp_path / "docs.jsonl"),), out=str(out), workers=1, val_fraction=0))
-    assert not any(json.loads(manifest.read_text())["skipped"].values())
+    assert json.loads(manifest.read_text())["dropped"] == {}
     assert documents(out, "train") == expected(texts)
 
 
-@pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.jsonl.zst", "cut.parquet"])
-def test_a_damaged_file_stops_the_run(tmp_path: Path, name: str):
+def damaged(path: Path, texts: list[str]) -> Path:
+    """A .jsonl.gz, .jsonl.zst or .parquet whose end is missing."""
+    import pyarrow as pa
+    import pyarrow.parquet
     import zstandard
 
-    body = os.urandom(20_000).hex().encode()
-    whole = {"gz": gzip.compress(body), "zst": zstandard.compress(body), "parquet": b"PAR1" + body}
-    (tmp_path / name).write_bytes(whole[name.rpartition(".")[2]][:-100])
-    with pytest.raises(OSError, match=f"{name}: cannot be read"):
-        prepare(PrepareConfig((str(tmp_path / name),), out=str(tmp_path / "out"), workers=1))
-    assert not (tmp_path / "out" / "manifest.json").exists()
+    body = write_jsonl(path.with_name("plain"), texts).read_bytes()
+    if path.suffix == ".parquet":
+        pa.parquet.write_table(pa.table({"text": texts}), path)
+    else:
+        path.write_bytes(gzip.compress(body) if path.suffix == ".gz" else zstandard.compress(body))
+    path.write_bytes(path.read_bytes()[:-100])
+    return path
+
+
+@pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.jsonl.zst", "cut.parquet"])
+def test_a_damaged_file_is_read_up_to_the_damage_or_stops_the_run(tmp_path: Path, name: str, wanted, capsys):
+    noise = np.random.default_rng(0)
+    long = [f"{i} " + noise.bytes(300).hex() for i in range(1000)]
+    source = damaged(tmp_path / name, long)
+    good = write_jsonl(tmp_path / "good.jsonl", TEXTS)
+    config = PrepareConfig((str(source), str(good)), out=str(tmp_path / "out"), workers=1, val_fraction=0)
+    manifest = json.loads(prepare(config).read_text())
+    assert manifest["dropped"] == {"damaged": 1}
+    found = documents(tmp_path / "out", "train")
+    kept = len(found) - len(TEXTS)
+    assert found == expected(long[:kept]) + wanted
+    assert kept == 0 if name.endswith("parquet") else kept > 100
+    line = (tmp_path / "out" / "logs" / "dropped.txt").read_text()
+    assert (
+        line.startswith(f"{source}:{kept}: the file cannot be read from here on: ") and line in capsys.readouterr().out
+    )
+    with pytest.raises(ValueError, match=f"{name}:{kept}: the file cannot be read .*--on_error skip"):
+        prepare(PrepareConfig(**{**vars(config), "on_error": "stop", "out": str(tmp_path / "other")}))
+    assert not (tmp_path / "other" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "cut of', "not valid UTF-8 or JSON"),
+        (b'{"body": "elsewhere"}', "no text in the text field"),
+        (b'{"text": ""}', "empty text"),
+        (b'{"text": "a\\ud800b"}', "not valid Unicode"),
+    ],
+)
+def test_on_error_stop_names_the_first_bad_line(tmp_path: Path, line: bytes, reason: str):
+    good = [json.dumps({"text": text}).encode() for text in TEXTS[:5]]
+    (tmp_path / "docs.jsonl").write_bytes(b"\n".join([*good[:3], line, *good[3:]]))
+    source = str(tmp_path / "docs.jsonl")
+    with pytest.raises(ValueError, match=f"docs.jsonl:4: {reason}"):
+        prepare(PrepareConfig((source,), out=str(tmp_path / "out"), workers=1, on_error="stop"))
+    done = run_script(source, "--out", str(tmp_path / "two"), "--on-error", "stop", "--workers", "2")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and f"docs.jsonl:4: {reason}" in done.stderr
+
+
+def test_an_error_of_the_disk_is_never_skipped(tmp_path: Path):
+    source = write_jsonl(tmp_path / "docs.jsonl", TEXTS)
+    reader = reading.ReadDocuments(reading.Source((str(source),)), [[reading.Piece(str(source), "bytes", 0, 99)]])
+    source.unlink()
+    with pytest.raises(FileNotFoundError):
+        list(reader(None, 0, 1))
+
+
+def test_a_line_too_long_to_read_is_one_document_lost(tmp_path: Path, monkeypatch, wanted):
+    monkeypatch.setattr(reading, "LINE_BYTES", 5000)
+    lines = [json.dumps({"text": text}) for text in TEXTS[:30]]
+    lines[10:10] = [json.dumps({"text": "x" * 20_000}), json.dumps({"text": "y" * 4990})]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    (tmp_path / "docs.jsonl.gz").write_bytes(gzip.compress((tmp_path / "docs.jsonl").read_bytes()))
+    for name in ("docs.jsonl", "docs.jsonl.gz"):
+        out = tmp_path / f"out-{name}"
+        prepare(PrepareConfig((str(tmp_path / name),), out=str(out), workers=1, val_fraction=0))
+        assert documents(out, "train") == wanted[:10] + wanted[10:30]
+        listed = [line.removeprefix(f"{tmp_path}/") for line in (out / "logs" / "dropped.txt").read_text().splitlines()]
+        assert listed == [f"{name}:{n}: a line of more than 128 MiB" for n in (11, 12)]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst"])
+def test_several_tasks_share_a_compressed_file(tmp_path: Path, monkeypatch, suffix: str, wanted):
+    import zstandard
+
+    monkeypatch.setattr(reading, "SHARE_BYTES", 100)
+    plain = write_jsonl(tmp_path / "plain", TEXTS * 20).read_bytes()
+    assert len(plain) > 8 * reading.STRIPE_BYTES
+    source = tmp_path / f"docs.{suffix}"
+    source.write_bytes(gzip.compress(plain) if suffix.endswith("gz") else zstandard.compress(plain))
+    _, _, tasks = reading.plan(reading.Source((str(source),)))
+    assert [piece for task in tasks for piece in task] == [reading.Piece(str(source), "share", i, 8) for i in range(8)]
+    trees = []
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        prepare(PrepareConfig((str(source),), out=str(out), workers=workers, val_fraction=0))
+        trees.append(tree(out))
+        assert sorted(documents(out, "train")) == sorted(wanted * 20)
+    assert trees[0] == trees[1]
+
+
+def test_row_groups_of_a_large_table_are_shared(tmp_path: Path, monkeypatch, wanted):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    source = tmp_path / "docs.parquet"
+    pa.parquet.write_table(pa.table({"text": [*TEXTS[:99], None, *TEXTS[99:]]}), source, row_group_size=20)
+    monkeypatch.setattr(reading, "TASK_BYTES", source.stat().st_size // 5)
+    _, _, tasks = reading.plan(reading.Source((str(source),)))
+    assert len(tasks) > 3
+    out = tmp_path / "out"
+    prepare(PrepareConfig((str(source),), out=str(out), workers=1, val_fraction=0))
+    assert documents(out, "train") == wanted
+    assert (out / "logs" / "dropped.txt").read_text() == f"{source}:100: no text in the text field\n"
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_text_file_larger_than_any_document_is_cut_at_line_ends(tmp_path: Path, monkeypatch, compressed: bool):
+    monkeypatch.setattr(reading, "TXT_BYTES", 1000)
+    text = "".join(f"{t}\n" for t in TEXTS)
+    source = tmp_path / ("big.txt.gz" if compressed else "big.txt")
+    source.write_bytes(gzip.compress(text.encode()) if compressed else text.encode())
+    out = tmp_path / "out"
+    prepare(PrepareConfig((str(source),), out=str(out), workers=2, val_fraction=0))
+    found = documents(out, "train")
+    texts = [load_tokenizer().decode(tokens[:-1]) for tokens in found]
+    assert "".join(texts) == text and len(texts) > 5
+    assert all(t.endswith("\n") and len(t.encode()) < 3000 for t in texts)
+
+
+def test_a_separator_cuts_a_text_into_documents(tmp_path: Path, monkeypatch, wanted):
+    texts = [text.replace("<|endoftext|>", "") for text in TEXTS]
+    separator = "<|endoftext|>"
+    (tmp_path / "stories.txt").write_text(separator.join([*texts[:150], "", " \n", *texts[150:], ""]))
+    out = tmp_path / "out"
+    prepare(
+        PrepareConfig((str(tmp_path / "stories.txt"),), out=str(out), workers=1, val_fraction=0, separator=separator)
+    )
+    assert documents(out, "train") == expected(texts)
+    monkeypatch.setattr(reading, "TXT_BYTES", 10)
+    with pytest.raises(ValueError, match=r"stories.txt: no 'absent' within 10 bytes: check --separator"):
+        config = PrepareConfig((str(tmp_path / "stories.txt"),), out=str(out), workers=1, separator="absent")
+        prepare(PrepareConfig(**{**vars(config), "overwrite": True}))
+
+
+@pytest.mark.parametrize("dedup", ["none", "exact"])
+def test_exact_copies_are_dropped_when_asked(tmp_path: Path, monkeypatch, wanted, dedup: str):
+    monkeypatch.setattr(reading, "TASK_BYTES", 3000)
+    repeated = [*TEXTS, *TEXTS[40:60], TEXTS[7] + " ", *TEXTS[50:55]]
+    source = write_jsonl(tmp_path / "docs.jsonl", repeated)
+    out = tmp_path / "out"
+    manifest = json.loads(
+        prepare(PrepareConfig((str(source),), out=str(out), val_fraction=0.1, dedup=dedup)).read_text()
+    )
+    found = documents(out, "train") + documents(out, "val")
+    if dedup == "none":
+        assert sorted(found) == sorted(expected(repeated)) and manifest["dropped"] == {}
+        return
+    assert sorted(found) == sorted(wanted + expected([TEXTS[7] + " "]))
+    train = set(documents(out, "train"))
+    assert documents(out, "train") == [d for d in [*wanted, *expected([TEXTS[7] + " "])] if d in train]
+    assert manifest["dropped"] == {"exact_duplicate": 25}
+    report = json.loads((out / "report.json").read_text())
+    dropped = report["dropped"]["exact_duplicate"]
+    assert dropped["documents"] == 25
+    assert dropped["bytes"] == sum(len(t.encode()) for t in TEXTS[40:60] + TEXTS[50:55])
+    assert report["read"] == {"documents": 326, "bytes": sum(len(t.encode()) for t in repeated)}
+    first = dropped["examples"][0]
+    assert (first["line"], first["text"]) == (301, TEXTS[40][:100])
+    offset = sum(len(json.dumps({"text": t, "id": f"d{i}"})) + 1 for i, t in enumerate(TEXTS[:40]))
+    assert first["detail"] == f"as {source}, offset {offset:,}"
+    lines = (out / "logs" / "dropped.txt").read_text().splitlines()
+    assert [int(line.split(":")[1]) for line in lines] == [*range(301, 321), *range(322, 327)]
+
+
+def test_of_copies_the_one_named_for_validation_stays(tmp_path: Path, wanted):
+    source = write_jsonl(tmp_path / "docs.jsonl", [*TEXTS, TEXTS[3]])
+    config = PrepareConfig((str(source),), out=str(tmp_path / "out"), workers=1, val_ids=("d300",), dedup="exact")
+    prepare(config)
+    assert documents(tmp_path / "out", "val") == [wanted[3]]
+    assert documents(tmp_path / "out", "train") == [*wanted[:3], *wanted[4:]]
+
+
+def test_wikipedia_is_left_out_when_asked(tmp_path: Path):
+    rows = [{"text": t, "url": f"https://example.com/{i}"} for i, t in enumerate(TEXTS[:20])]
+    rows[4]["url"] = "https://en.wikipedia.org/wiki/Sea"
+    rows[5]["url"] = "https://example.com/?from=https://en.wikipedia.org.example.net"
+    rows[9]["text"] = "Sea\nFrom Wikipedia, the free encyclopedia\nThe sea is"
+    (tmp_path / "docs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    texts = [row["text"] for row in rows]
+    for exclude, kept in ((False, texts), (True, [t for i, t in enumerate(texts) if i not in (4, 9)])):
+        out = tmp_path / f"out{exclude}"
+        inputs = (str(tmp_path / "docs.jsonl"),)
+        prepare(PrepareConfig(inputs, out=str(out), workers=1, val_fraction=0, exclude_wikipedia=exclude))
+        assert documents(out, "train") == expected(kept)
+
+
+def test_the_report_accounts_for_every_document(tmp_path: Path):
+    lines = [json.dumps({"text": text}) for text in [*TEXTS, *TEXTS[:30]]] + ["{", "[]", '{"text": ""}']
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    prepare(PrepareConfig((str(tmp_path / "docs.jsonl"),), out=str(out), workers=1, val_documents=10, dedup="exact"))
+    report = json.loads((out / "report.json").read_text())
+    written = sum(split["documents"] for split in report["written"].values())
+    dropped = {reason: found["documents"] for reason, found in report["dropped"].items()}
+    assert dropped == {"exact_duplicate": 30, "broken": 2, "empty": 1}
+    assert report["read"]["documents"] == 333 == written + sum(dropped.values())
+    kept_bytes = sum(split["bytes"] for split in report["written"].values())
+    assert report["read"]["bytes"] == kept_bytes + sum(found["bytes"] for found in report["dropped"].values())
+    text = (out / "report.md").read_text()
+    assert "| read | 333 |" in text and "| dropped: exact_duplicate | 30 |" in text
+    assert f"`{tmp_path / 'docs.jsonl'}:331`" in text
 
 
 def test_copies_of_a_text_stay_on_one_side(tmp_path: Path):
@@ -289,11 +496,11 @@ def test_folders_of_others_are_not_touched(tmp_path: Path):
 
 
 def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "TASK_BYTES", 3000)
+    monkeypatch.setattr(reading, "TASK_BYTES", 3000)
     source = write_jsonl(tmp_path / "docs.jsonl", TEXTS)
     prepare(PrepareConfig((str(source),), out=str(tmp_path / "whole"), workers=1))
     config = PrepareConfig((str(source),), out=str(tmp_path / "out"), workers=1)
-    encode, calls = module.encode_document, 0
+    encode, calls = writing.encode_document, 0
 
     def die_once(text: str) -> np.ndarray:
         nonlocal calls
@@ -302,7 +509,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch, capsys):
             raise OSError("No space left on device")
         return encode(text)
 
-    monkeypatch.setattr(module, "encode_document", die_once)
+    monkeypatch.setattr(writing, "encode_document", die_once)
     with pytest.raises(OSError, match="No space"):
         prepare(config)
     with pytest.raises(ValueError, match="unfinished preparation of something else"):
@@ -312,6 +519,47 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch, capsys):
     assert calls < 150 + 250  # the finished tasks were not done again
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
     assert not (tmp_path / "out" / "parts").exists()
+
+
+DRIVER = """
+import sys
+from gpt2_hf.data import read
+from gpt2_hf.data.prepare import PrepareConfig, prepare
+read.TASK_BYTES = 40_000
+if __name__ == "__main__":
+    prepare(PrepareConfig((sys.argv[1],), out=sys.argv[2], workers=2, tokens_per_shard=20_000, dedup=sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dedup", ["exact", "minhash"])
+def test_ten_kills_do_not_change_a_byte(tmp_path: Path, dedup: str):
+    noise = random.Random(7)
+    source = write_jsonl(tmp_path / "docs.jsonl", [" ".join(noise.choices(WORDS, k=40)) for _ in range(4000)])
+    (tmp_path / "driver.py").write_text(DRIVER)
+
+    def start(out: str) -> subprocess.Popen:
+        command = [sys.executable, str(tmp_path / "driver.py"), str(source), str(tmp_path / out), dedup]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, env=env, stdout=log, stderr=log)
+
+    log = (tmp_path / "log").open("w+")
+    began = time.monotonic()
+    assert start("whole").wait(120) == 0
+    took = time.monotonic() - began
+    kills = 0
+    while kills < 10:
+        process = start("out")
+        try:
+            process.wait(noise.uniform(0.2, 1.0) * took)
+            assert process.returncode == 0, Path(log.name).read_text()
+            shutil.rmtree(tmp_path / "out")  # it came through: once more from the start
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+    assert start("out").wait(120) == 0, Path(log.name).read_text()
+    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 def test_one_document_cannot_be_split(tmp_path: Path):

@@ -1,55 +1,38 @@
-"""Documents -> token shards: a datatrove pipeline of two steps, then one pass that cuts the shards.
+"""Documents -> token shards: datatrove pipelines, one after another, run on this machine, by Slurm or by Ray.
 
-    inputs -> tasks -> [ReadDocuments -> WriteTokens] by N workers -> parts/ -> train/, val/, manifest.json
+    inputs -> tasks -> minhash stages, if near-duplicates must go
+                    -> tokens, N tasks: ReadDocuments -> MarkNearDuplicates -> MarkContaminated -> WriteTokens: parts/
+                    -> shards, one task: WriteShards: train/, val/, report.json, report.md, manifest.json
 
-Tasks follow from the inputs alone (files, and byte ranges of large ones), and parts are joined in the order of the
-tasks, so the shards do not depend on the number of workers. A document goes to validation by a hash of its text:
-equal texts stay on one side, and the same text goes the same way from a .txt, a .jsonl or a .parquet file.
-
-The shards are datatrove's: `NNNNN.ds` (uint16 tokens, little-endian), `NNNNN.ds.index` (uint64, where each document
-ends, in tokens) and `NNNNN.ds.metadata`. A run that was killed goes on with the tasks that it had not finished.
+Tasks follow from the inputs alone (read.py), and parts are joined in the order of the tasks, so the shards do not
+depend on the number of workers. A document goes to validation by a hash of its text: equal texts stay on one side, and
+the same text goes the same way from a .txt, a .jsonl or a .parquet file. A run that was killed goes on with the tasks
+that it had not finished.
 """
 
 import contextlib
-import glob
-import gzip
-import hashlib
-import io
-import itertools
+import ctypes
+import functools
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
-import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 
-from .tokenizer import ASSETS, EOT, VOCAB_SIZE, encode_document, token_byte_lengths
+from .clean import MarkContaminated, MarkNearDuplicates, Stage, minhash_stages
+from .export import export_llmc
+from .read import TASK_BYTES, Piece, ReadDocuments, Source, describe, find_files, plan
+from .write import RECORD, Split, WriteShards, WriteTokens, write_json
 
-if TYPE_CHECKING:
-    from datatrove.data import Document
-
-TASK_BYTES = 64 * 2**20  # input bytes of one task: large .jsonl files are cut, small files are put together
-REPORTS_PER_TASK = 1000  # skipped documents that are listed one by one; all are counted
-COPY_TOKENS = 2**23
 SHAKESPEARE_VAL = ("a-midsummer-night-s-dream", "macbeth")
-SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
-REASONS = {
-    "empty": "empty text",
-    "broken": "not valid UTF-8 or JSON",
-    "no_text": "no text in the text field",
-    "surrogate": "not valid Unicode",
-}
-# Kept of each document beside its tokens: where it ends, in tokens and in bytes of text, and what the split goes by.
-RECORD = np.dtype([("token_end", "<u8"), ("byte_end", "<u8"), ("key", "<u8")])
-Row = tuple[Any, dict[str, Any]]  # a document's fields (None if it was not readable), and where it stands
 OUR_FOLDERS = ("train", "val", "logs")
 REMEDY = "choose another --out, or pass --overwrite true"
 
@@ -65,13 +48,25 @@ class PrepareConfig:
         revision: commit, tag or branch of the Hub dataset.
         split: split of the dataset to read.
         text_field: field or column that has the text; a .txt file is one document.
+        separator: or a .txt is cut into documents at this text, such as "<|endoftext|>".
         out: folder to write to.
         workers: processes; 0 means one per core. The shards do not depend on it.
         tokens_per_shard: a new shard starts when the last one has this many tokens.
         val_fraction: share of the documents held out for validation, 0 for none (default 0.01).
         val_documents: or the number of documents held out (copies of one text stay together).
         val_ids: or the ids of the documents held out (field "id"; for a .txt file its name without suffix).
+        on_error: what to do with a document or file that cannot be used: skip it and report it, or stop.
+        dedup: none, exact (of equal texts the first stays), or minhash (also of nearly equal ones).
+        exclude_wikipedia: leave out Wikipedia's pages, as WebText did (known by "url" or their first lines).
+        decontaminate: "hellaswag", or .jsonl files of evaluation items: documents that share a passage with one...
+        contaminated: ...are dropped, or only reported.
+        decontaminate_ngram: words that such a passage has.
         overwrite: replace what the folder holds if something else was prepared there.
+        export: also write the shards in another program's format: llmc, to OUT/llmc.
+        executor: where the work is done: local, slurm or ray (datatrove's).
+        slurm_partition: partition to submit to.
+        slurm_time: time limit of a job.
+        slurm_memory_gb: memory of a task, for Slurm and Ray.
     """
 
     inputs: tuple[str, ...] = ()
@@ -80,13 +75,25 @@ class PrepareConfig:
     revision: str | None = None
     split: str = "train"
     text_field: str = "text"
+    separator: str | None = None
     out: str = ""
     workers: int = 0
     tokens_per_shard: int = 100_000_000
     val_fraction: float | None = None
     val_documents: int | None = None
     val_ids: tuple[str, ...] = ()
+    on_error: Literal["skip", "stop"] = "skip"
+    dedup: Literal["none", "exact", "minhash"] = "none"
+    exclude_wikipedia: bool = False
+    decontaminate: tuple[str, ...] = ()
+    contaminated: Literal["drop", "report"] = "drop"
+    decontaminate_ngram: int = 13
     overwrite: bool = False
+    export: Literal["none", "llmc"] = "none"
+    executor: Literal["local", "slurm", "ray"] = "local"
+    slurm_partition: str = ""
+    slurm_time: str = "24:00:00"
+    slurm_memory_gb: int = 4
 
     def __post_init__(self) -> None:
         if bool(self.inputs) == bool(self.dataset):
@@ -104,6 +111,12 @@ class PrepareConfig:
             raise ValueError(f"val_fraction is {self.val_fraction}: choose 0 <= val_fraction < 1")
         if self.val_documents is not None and self.val_documents < 0:
             raise ValueError(f"val_documents is {self.val_documents}: choose 0 or more")
+        if self.separator == "":
+            raise ValueError("separator is empty: leave it out, or name a text")
+        if self.decontaminate_ngram < 1:
+            raise ValueError(f"decontaminate_ngram is {self.decontaminate_ngram}: choose 1 or more (13 is usual)")
+        if self.executor == "slurm" and not self.slurm_partition:
+            raise ValueError("slurm_partition is empty: name the partition to submit to, see sinfo")
 
     def resolved(self) -> "PrepareConfig":
         """The same with the validation split's default filled in."""
@@ -116,176 +129,109 @@ class PrepareConfig:
     def recorded(self) -> dict[str, Any]:
         """What the shards depend on, as JSON: no worker count, and names in place of local paths."""
         values = asdict(self)
-        for name in ("out", "workers", "overwrite"):
+        for name in ("out", "workers", "overwrite", "on_error", "export", "executor"):
             del values[name]
-        values["inputs"] = [Path(item).name for item in self.inputs]
+        values = {name: value for name, value in values.items() if not name.startswith("slurm_")}
+        for name in ("inputs", "decontaminate"):
+            values[name] = [Path(item).name for item in values[name]]
         values["val_ids"] = list(self.val_ids)
         if self.dataset and Path(self.dataset).is_dir():
             values["dataset"] = Path(self.dataset).name
         return values
 
-
-@dataclass(frozen=True)
-class Piece:
-    """Part of the input: bytes [start, end) of a file, or shard `start` of `end` of a dataset when path is empty."""
-
-    path: str
-    start: int
-    end: int
+    def source(self) -> Source:
+        return Source(**{item.name: getattr(self, item.name) for item in fields(Source)})
 
 
 def prepare(config: PrepareConfig) -> Path:
     """Write the shards of `config.inputs` or `config.dataset` under `config.out`; return the manifest's path.
 
     A folder that already holds the result is left as it is, one that holds something else is refused unless
-    `config.overwrite`. Raises ValueError or OSError with one line that says what to do.
+    `config.overwrite`. With Slurm it returns when the jobs are submitted. Raises ValueError or OSError with one line
+    that says what to do.
     """
     config = config.resolved()
     out = Path(config.out)
     manifest_path = out / "manifest.json"
-    recorded = config.recorded()
-    if manifest_path.exists():
-        done = json.loads(manifest_path.read_text(encoding="utf-8"))
-        if done.get("format") != "gpt2_hf/shards":
-            raise ValueError(f"{manifest_path} was not written by this program: choose another --out")
-        if not config.overwrite:
-            _check_same(config, done)
-            shutil.rmtree(out / "parts", ignore_errors=True)
-            print(f"{manifest_path}: already prepared")
+    if manifest_path.exists() and not config.overwrite:
+        _check_same(config, json.loads(manifest_path.read_text(encoding="utf-8")))
+        print(f"{manifest_path}: already prepared")
+    else:
+        facts, source, tasks = plan(config.source())
+        with _only_writer(out):
+            # The plan is this run's identity: a later start with the same plan goes on with it.
+            identity = {"config": config.recorded(), "source": facts, "task_bytes": TASK_BYTES}
+            _start_or_resume(out, identity, config.overwrite)
+            _run(_stages(config, facts, source, tasks), config)
+        if config.executor == "slurm":
             return manifest_path
-
-    source, tasks = _plan(config)
-    # The plan is this run's identity: a later start with the same plan goes on with it.
-    _start_or_resume(out, {"config": recorded, "source": source, "task_bytes": TASK_BYTES}, config.overwrite)
-    _run_tasks(config, source, tasks)
-    parts = [out / "parts" / f"{rank:05d}" for rank in range(len(tasks))]
-    manifest: dict[str, Any] = {
-        "format": "gpt2_hf/shards",
-        "version": 1,
-        "tokenizer": "gpt2",
-        "vocab_size": VOCAB_SIZE,
-        "dtype": "uint16",
-        "eot": EOT,
-        "config": recorded,
-        "source": source,
-        "skipped": _report_skipped(out, parts),
-        "splits": _cut_shards(config, parts),
-    }
-    _write_json(manifest_path, manifest)
-    shutil.rmtree(out / "parts")
-    for split, got in manifest["splits"].items():
-        print(f"{split}: {got['tokens']:,} tokens, {got['documents']:,} documents, {len(got['shards'])} shard(s)")
-    print(f"{manifest_path}: written")
+        print(f"{manifest_path}: written")
+    shutil.rmtree(out / "parts", ignore_errors=True)
+    if config.export == "llmc" and not (out / "llmc").exists():
+        export_llmc(out, out / "llmc")
+        print(f"{out / 'llmc'}: written for llm.c")
     return manifest_path
 
 
-# --- what there is to read ---------------------------------------------------------------------------------------
+def _stages(config: PrepareConfig, facts: dict[str, Any], source: Source, tasks: list[list[Piece]]) -> list[Stage]:
+    """The pipelines, in order."""
+    out = Path(config.out).absolute()  # jobs of a cluster run elsewhere
+    parts = out / "parts"
+    read = ReadDocuments(source, tasks)
+    stages: list[Stage] = []
+    steps: list[Callable] = [read]
+    if config.dedup == "minhash":
+        stages += minhash_stages(read, str(parts / "minhash"), len(tasks))
+        steps.append(MarkNearDuplicates(str(parts / "minhash")))
+    if config.decontaminate:
+        steps.append(MarkContaminated(config.decontaminate, config.decontaminate_ngram, config.contaminated))
+    steps.append(WriteTokens(str(parts), config.val_ids, config.on_error == "stop"))
+    split = Split(
+        config.val_fraction, config.val_documents, config.val_ids, config.tokens_per_shard, config.dedup != "none"
+    )
+    shards = WriteShards(str(out), split, tasks, config.recorded(), facts)
+    return [*stages, Stage("tokens", steps, len(tasks)), Stage("shards", [shards], 1)]
 
 
 def _check_same(config: PrepareConfig, done: dict[str, Any]) -> None:
     """Raise ValueError unless the manifest `done` is what `config` would give."""
+    if done.get("format") != "gpt2_hf/shards":
+        raise ValueError(f"{config.out}/manifest.json was not written by this program: choose another --out")
     old, new = done.get("config", {}), config.recorded()
     if old != new:
         changes = ", ".join(f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key])
         raise ValueError(f"{config.out} was prepared with other settings ({changes}): {REMEDY}")
     # Shards whose inputs were deleted since stay good.
     with contextlib.suppress(FileNotFoundError):
-        if config.inputs and _describe(_find_files(config.inputs)) != done.get("source"):
+        if config.inputs and describe(find_files(config.inputs)) != done.get("source"):
             raise ValueError(f"{config.out} was prepared from inputs that have changed since: {REMEDY}")
 
 
-def _plan(config: PrepareConfig) -> tuple[dict[str, Any], list[list[Piece]]]:
-    """What is read, for the manifest, and the pieces of each task."""
-    if config.dataset:
-        return _plan_dataset(config)
-    files = _find_files(config.inputs)
-    tasks: list[list[Piece]] = [[]]
-    room = TASK_BYTES
-    for path in files:
-        size = path.stat().st_size
-        step = TASK_BYTES if path.suffix in (".jsonl", ".ndjson") else max(size, 1)
-        for start in range(0, max(size, 1), step):
-            end = min(start + step, size)
-            if tasks[-1] and end - start > room:
-                tasks.append([])
-                room = TASK_BYTES
-            tasks[-1].append(Piece(str(path), start, end))
-            room -= end - start
-    return _describe(files), tasks
-
-
-def _describe(files: list[Path]) -> dict[str, Any]:
-    listing = [(path.name, path.stat().st_size) for path in files]
-    digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-    return {"files": len(files), "bytes": sum(size for _, size in listing), "names_and_sizes_sha256": digest}
-
-
-def _find_files(inputs: Iterable[str]) -> list[Path]:
-    """The files to read, in the order of the inputs, by name inside a folder or glob, each once."""
-    found: dict[Path, Path] = {}
-    for item in inputs:
-        if item == "shakespeare" and not Path(item).exists():
-            item = str(ASSETS / "shakespeare.jsonl.gz")
-        if Path(item).is_dir():
-            paths = [path for path in Path(item).rglob("*") if path.is_file() and _format(path)]
-        elif Path(item).is_file():
-            paths = [Path(item)]
-        else:
-            paths = [Path(path) for path in glob.glob(item, recursive=True) if Path(path).is_file()]
-        if not paths:
-            raise FileNotFoundError(f"{item}: no such file, or a folder without {', '.join(SUFFIXES)}: check the path")
-        for path in sorted(paths):
-            if not _format(path):
-                raise ValueError(f"{path}: not one of {', '.join(SUFFIXES)} (or .gz, .zst of text): convert it first")
-            found.setdefault(path.resolve(), path)
-    return list(found.values())
-
-
-def _format(path: Path) -> str | None:
-    """The suffix without compression, if it is one that we read."""
-    suffix = Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
-    compressed_table = path.suffix != suffix and suffix == ".parquet"
-    return suffix if suffix in SUFFIXES and not compressed_table and not path.name.startswith(".") else None
-
-
-def _plan_dataset(config: PrepareConfig) -> tuple[dict[str, Any], list[list[Piece]]]:
-    """One task per file of a dataset that is streamed, one per TASK_BYTES of a saved one."""
-    revision = config.revision
+@contextlib.contextmanager
+def _only_writer(out: Path) -> Iterator[None]:
+    """Refuse a second preparation into the same folder while one is at work there."""
     try:
-        if not Path(str(config.dataset)).is_dir():
-            from huggingface_hub import HfApi
-
-            # Every task must read one and the same commit, even if the dataset changes during the run.
-            revision = HfApi().dataset_info(str(config.dataset), revision=config.revision, timeout=10).sha
-        rows = _load_dataset(config, revision)
-        saved = hasattr(rows, "data")
-        count = max(-(-rows.data.nbytes // TASK_BYTES) if saved else rows.num_shards, 1)
-    except Exception as error:  # the clients' own exceptions have no common base
-        raise OSError(
-            f"dataset {config.dataset}: {_first_line(error)}: check its name, configuration, split and the network, "
-            "or pass local files"
-        ) from error
-    return {"revision": revision, "tasks": count}, [[Piece("", index, count)] for index in range(count)]
-
-
-def _load_dataset(config: PrepareConfig, revision: str | None) -> Any:
-    """A map-style dataset for a folder of save_to_disk, else a streamed one."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    folder = Path(str(config.dataset))
-    if (folder / "dataset_dict.json").exists():
-        folder /= config.split
-    if (folder / "state.json").exists():
-        return datasets.load_from_disk(str(folder))
-    return datasets.load_dataset(
-        str(config.dataset), config.name, split=config.split, revision=revision, streaming=True
-    )
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            # Not flock, which the processes that datatrove forks would hold on to when this one is killed.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"{out} is being prepared by another process: wait for it, or choose another --out"
+            ) from None
+        yield
 
 
 def _start_or_resume(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
     """Keep the finished tasks of the same plan; clear what another one left, if that is allowed."""
     manifest_path, plan_path = out / "manifest.json", out / "parts" / "plan.json"
+    if manifest_path.exists() and json.loads(manifest_path.read_text()).get("format") != "gpt2_hf/shards":
+        raise ValueError(f"{manifest_path} was not written by this program: choose another --out")
     if plan_path.exists() and not manifest_path.exists():
         unfinished = json.loads(plan_path.read_text(encoding="utf-8"))
         if unfinished == plan:
@@ -298,214 +244,80 @@ def _start_or_resume(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
     elif not manifest_path.exists() and (foreign := [name for name in OUR_FOLDERS if (out / name).exists()]):
         raise ValueError(f"{out} holds {', '.join(foreign)} from elsewhere: choose another --out, or move them away")
     plan_path.parent.mkdir(parents=True, exist_ok=True)
-    _write_json(plan_path, {})  # if this is cut short, the next start knows that the rest may be cleared
+    write_json(plan_path, {})  # if this is cut short, the next start knows that the rest may be cleared
     manifest_path.unlink(missing_ok=True)
-    for name in OUR_FOLDERS:
+    for name in (*OUR_FOLDERS, "llmc", "parts/minhash"):
         shutil.rmtree(out / name, ignore_errors=True)
     for part in plan_path.parent.glob("[0-9]*"):
         part.unlink()
-    _write_json(plan_path, plan)
+    write_json(plan_path, plan)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    """All of it or nothing, whenever the process dies."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+# --- running ------------------------------------------------------------------------------------------------------
 
 
-# --- the pipeline ------------------------------------------------------------------------------------------------
-
-
-def _run_tasks(config: PrepareConfig, source: dict[str, Any], tasks: list[list[Piece]]) -> None:
-    from datatrove.executor.local import LocalPipelineExecutor
-
-    out = Path(config.out)
+def _run(stages: list[Stage], config: PrepareConfig) -> None:
+    """Run the stages one after another; with Slurm, submit them so that each waits for the one before."""
+    out = Path(config.out).absolute()
     log = out / "logs" / "datatrove.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    before = None
+    for stage in stages:
+        executor = _executor(config, stage, str(out / "logs" / stage.name), before)
+        if config.executor == "slurm":
+            with _stderr_to(log):
+                executor.run()
+            state = "finished before" if executor.job_id == -1 else f"job {executor.job_id}"
+            print(f"{stage.name}: {stage.tasks} task(s), {state}", flush=True)
+            before = executor
+            continue
+        if stage.name != "shards":
+            print(f"{config.out}: {stage.name}, {stage.tasks} task(s), log in {log}", flush=True)
+        show = _count_documents(out / "parts") if stage.name == "tokens" else None
+        completions = out / "logs" / stage.name / "completions"
+        with _progress(completions, stage, show), _children_die_with_us(), _stderr_to(log):
+            executor.run()
+    if config.executor == "slurm":
+        print(f"{out / 'manifest.json'} will be written by the last job; logs are in {log.parent}")
+
+
+def _executor(config: PrepareConfig, stage: Stage, logs: str, before: Any) -> Any:
+    """Datatrove's executor for one stage."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(config.workers or cores, len(tasks))
-    steps: list[Any] = [
-        ReadDocuments(config, tasks, source.get("revision")),
-        WriteTokens(str(out / "parts"), config.val_ids),
-    ]
-    print(f"{out}: {len(tasks)} task(s), {workers} worker(s), log in {log}", flush=True)
-    with _progress(out / "parts"), _stderr_to(log):
-        LocalPipelineExecutor(steps, tasks=len(tasks), workers=workers, logging_dir=str(log.parent)).run()
+    workers = min(config.workers or cores, stage.tasks)
+    if config.executor == "slurm":
+        from datatrove.executor.slurm import SlurmPipelineExecutor
+
+        return SlurmPipelineExecutor(
+            stage.steps,
+            tasks=stage.tasks,
+            workers=config.workers or -1,
+            time=config.slurm_time,
+            partition=config.slurm_partition,
+            mem_per_cpu_gb=config.slurm_memory_gb,
+            job_name=f"gpt2_hf_{stage.name}",
+            # Jobs find the packages of this environment, and this checkout.
+            env_command=f'export PATH="{Path(sys.executable).parent}:$PATH" PYTHONPATH="{Path(__file__).parents[2]}"',
+            logging_dir=logs,
+            depends=before,
+        )
+    if config.executor == "ray":
+        from datatrove.executor.ray import RayPipelineExecutor
+
+        return RayPipelineExecutor(
+            stage.steps,
+            tasks=stage.tasks,
+            workers=config.workers or -1,
+            mem_per_cpu_gb=config.slurm_memory_gb,
+            logging_dir=logs,
+        )
+    from datatrove.executor.local import LocalPipelineExecutor
+
+    return LocalPipelineExecutor(stage.steps, tasks=stage.tasks, workers=workers, logging_dir=logs)
 
 
-@dataclass(frozen=True)
-class ReadDocuments:
-    """First step (datatrove runs any callable, so this module imports without it): the documents of task `rank`.
-
-    Metadata say where each comes from: "file", and "line" (or the "offset" of the line in bytes). A bad one passes
-    with an empty text and "skipped" in its metadata, for the writer to count.
-    """
-
-    config: PrepareConfig
-    tasks: list[list[Piece]] = field(repr=False)  # datatrove logs every step's repr, for every task
-    revision: str | None
-
-    def __call__(self, data: Any, rank: int, world_size: int) -> "Iterator[Document]":
-        from datatrove.data import Document
-
-        for piece in self.tasks[rank]:
-            for row, place in self._rows(piece):
-                text = row.get(self.config.text_field) if isinstance(row, dict) else None
-                if not isinstance(row, dict):
-                    problem = "broken"
-                elif not isinstance(text, str):
-                    problem = "no_text"
-                elif not text.strip():
-                    problem = "empty"
-                else:
-                    yield Document(text=text, id=str(row.get("id", "")), metadata=place)
-                    continue
-                yield Document(text="", id="", metadata=place | {"skipped": problem})
-
-    def _rows(self, piece: Piece) -> Iterator[Row]:
-        if not piece.path:
-            return self._dataset_rows(piece)
-        readers = {".txt": self._txt_rows, ".parquet": self._parquet_rows}
-        read = readers.get(_format(Path(piece.path)) or "", _json_rows)
-        return _name_damage(piece.path, read(piece))
-
-    def _txt_rows(self, piece: Piece) -> Iterator[Row]:
-        with _open(piece.path) as file:
-            raw = file.read()
-        name = Path(piece.path).name.removesuffix(".gz").removesuffix(".zst").removesuffix(".txt")
-        try:
-            yield {"id": name, self.config.text_field: raw.decode("utf-8-sig")}, {"file": piece.path, "line": 1}
-        except UnicodeDecodeError as error:
-            yield None, {"file": piece.path, "line": raw.count(b"\n", 0, error.start) + 1}
-
-    def _parquet_rows(self, piece: Piece) -> Iterator[Row]:
-        import pyarrow.parquet
-
-        with pyarrow.parquet.ParquetFile(piece.path) as file:
-            columns = self._columns(piece.path, file.schema_arrow.names)
-            number = 0
-            for batch in file.iter_batches(batch_size=256, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield row, {"file": piece.path, "line": number}
-
-    def _dataset_rows(self, piece: Piece) -> Iterator[Row]:
-        rows = _load_dataset(self.config, self.revision)
-        if rows.column_names:  # a streamed dataset may not know them
-            rows = rows.select_columns(self._columns(str(self.config.dataset), rows.column_names))
-        place = f"{self.config.dataset} part {piece.start + 1} of {piece.end}"
-        for number, row in enumerate(rows.shard(num_shards=piece.end, index=piece.start, contiguous=True), 1):
-            yield row, {"file": place, "line": number}
-
-    def _columns(self, where: str, names: list[str]) -> list[str]:
-        if self.config.text_field not in names:
-            raise ValueError(f"{where}: no column {self.config.text_field!r} among {names}: set --text_field")
-        return [name for name in names if name in (self.config.text_field, "id")]
-
-
-def _json_rows(piece: Piece) -> Iterator[Row]:
-    """The lines that begin inside the piece."""
-    compressed = Path(piece.path).suffix in (".gz", ".zst")
-    with _open(piece.path) as file:
-        position = max(piece.start - 1, 0)
-        if piece.start:
-            file.seek(position)
-            position += len(file.readline())
-        number = 0
-        while (compressed or position < piece.end) and (line := file.readline()):
-            number += 1
-            # Inside a large file the number of a line is counted only if it must be reported.
-            place = {"file": piece.path} | ({"line": number} if compressed else {"offset": position})
-            first = number == 1 if compressed else position == 0
-            position += len(line)
-            try:
-                if text := line.decode("utf-8-sig" if first else "utf-8").strip():
-                    yield json.loads(text), place
-            except (ValueError, RecursionError):  # not UTF-8, or not JSON
-                yield None, place
-
-
-def _open(path: str) -> io.BufferedIOBase:
-    if path.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.endswith(".zst"):
-        import pyarrow
-
-        # Unlike zstandard's reader, it raises when the file was cut short.
-        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 2**20)
-    return open(path, "rb")
-
-
-def _name_damage(path: str, rows: Iterator[Row]) -> Iterator[Row]:
-    """The same rows; a file that cannot be read to its end stops the run, or the rest would be lost silently."""
-    try:
-        yield from rows
-    except _read_errors(path) as error:
-        raise OSError(f"{path}: cannot be read ({_first_line(error)}): fetch it again, or leave it out") from error
-
-
-def _read_errors(path: str) -> tuple[type[Exception], ...]:
-    if not path.endswith(".parquet"):
-        return (EOFError, OSError, zlib.error)
-    import pyarrow
-
-    return (OSError, pyarrow.ArrowInvalid)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(". ")
-
-
-@dataclass(frozen=True)
-class WriteTokens:
-    """Second step: the documents as `RANK.ds` in `folder`, a RECORD of each in `RANK.docs`, counts in `RANK.json`."""
-
-    folder: str
-    val_ids: tuple[str, ...]
-
-    def __call__(self, data: "Iterable[Document]", rank: int, world_size: int) -> None:
-        base = f"{self.folder}/{rank:05d}"
-        lengths = token_byte_lengths()
-        skipped: Counter[str] = Counter()
-        reports: list[dict[str, Any]] = []
-        token_end = byte_end = 0
-        # Renamed when whole: a worker that outlived a killed run may still be writing the same part.
-        mine = f".{os.getpid()}"
-        with (
-            open(f"{base}.ds{mine}", "wb", 2**20) as tokens_file,
-            open(f"{base}.docs{mine}", "wb", 2**14) as records_file,
-        ):
-            for document in data:
-                report = document.metadata
-                if "skipped" not in report:
-                    try:
-                        tokens = encode_document(document.text)
-                    except UnicodeError as error:
-                        report = report | {"skipped": "surrogate", "detail": str(error)}
-                if problem := report.get("skipped"):
-                    skipped[problem] += 1
-                    if len(reports) < REPORTS_PER_TASK:
-                        reports.append(report)
-                    continue
-                token_end += len(tokens)
-                byte_end += int(lengths[tokens].sum())
-                tokens_file.write(tokens.astype("<u2", copy=False).tobytes())
-                records_file.write(np.array((token_end, byte_end, self._key(document)), dtype=RECORD).tobytes())
-        for kind in ("ds", "docs"):
-            os.replace(f"{base}.{kind}{mine}", f"{base}.{kind}")
-        Path(f"{base}.json").write_text(json.dumps({"skipped": skipped, "reports": reports}), encoding="utf-8")
-
-    def _key(self, document: "Document") -> int:
-        """The documents with the smallest keys are held out for validation."""
-        if self.val_ids:
-            return 0 if document.id in self.val_ids else 1
-        return int.from_bytes(hashlib.blake2b(document.text.encode(), digest_size=8).digest(), "little")
-
-
-@contextlib.contextmanager
-def _progress(parts: Path, seconds: float = 5.0) -> Iterator[None]:
-    """Print a line of progress now and then, from what the workers have written so far."""
+def _count_documents(parts: Path) -> Callable[[], np.ndarray]:
+    """A function that counts documents and megabytes of text in the parts that are written or being written."""
 
     def count() -> np.ndarray:
         total = np.zeros(2)
@@ -517,16 +329,32 @@ def _progress(parts: Path, seconds: float = 5.0) -> Iterator[None]:
                 total += (documents, last["byte_end"].sum() / 1e6)
         return total
 
-    began, before, stop = time.monotonic(), count(), threading.Event()
+    return count
+
+
+@contextlib.contextmanager
+def _progress(
+    completions: Path, stage: Stage, count: Callable[[], np.ndarray] | None, seconds: float = 5.0
+) -> Iterator[None]:
+    """Print a line of progress now and then, from what the workers have written so far."""
+    began, stop = time.monotonic(), threading.Event()
+    tasks_before = sum(1 for _ in completions.glob("*"))
+    before = np.zeros(2) if count is None else count()
 
     def show() -> None:
-        now = count()
-        per_second = (now - before) / (time.monotonic() - began)
-        print(
-            f"{now[0]:,.0f} documents, {now[1]:,.1f} MB of text; "
-            f"{per_second[0]:,.0f} documents/s, {per_second[1]:.1f} MB/s",
-            flush=True,
-        )
+        spent = time.monotonic() - began
+        done = sum(1 for _ in completions.glob("*"))
+        parts = [f"{done} of {stage.tasks} tasks"]
+        if count is not None:
+            now = count()
+            rate = (now - before) / spent
+            parts[:0] = [
+                f"{now[0]:,.0f} documents, {now[1]:,.1f} MB of text; {rate[0]:,.0f} documents/s, {rate[1]:.1f} MB/s"
+            ]
+        if tasks_before < done < stage.tasks:
+            left = spent * (stage.tasks - done) / (done - tasks_before)
+            parts.append(f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left")
+        print("; ".join(parts), flush=True)
 
     def repeat() -> None:
         while not stop.wait(seconds):
@@ -539,7 +367,31 @@ def _progress(parts: Path, seconds: float = 5.0) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-    show()
+    if count is not None:
+        show()
+
+
+_tied = False  # whether children that are forked now die with this process
+
+
+@functools.cache
+def _watch_forks() -> None:
+    """From now on, forked children look at _tied. It cannot be undone, hence the switch."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        os.register_at_fork(after_in_child=lambda: _tied and libc.prctl(1, signal.SIGKILL))  # 1: PR_SET_PDEATHSIG
+
+
+@contextlib.contextmanager
+def _children_die_with_us() -> Iterator[None]:
+    """Without this, datatrove's manager process outlives a killed parent for ever."""
+    global _tied
+    _watch_forks()
+    _tied = True
+    try:
+        yield
+    finally:
+        _tied = False
 
 
 @contextlib.contextmanager
@@ -555,154 +407,3 @@ def _stderr_to(log: Path) -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(terminal, 2)
         os.close(terminal)
-
-
-# --- what was written --------------------------------------------------------------------------------------------
-
-
-def _report_skipped(out: Path, parts: list[Path]) -> dict[str, int]:
-    """Count the skipped documents; list them in logs/skipped.txt, and the first few on the terminal."""
-    skipped = Counter(dict.fromkeys(REASONS, 0))
-    reports: list[dict[str, Any]] = []
-    for part in parts:
-        found = json.loads(part.with_suffix(".json").read_text(encoding="utf-8"))
-        skipped.update(found["skipped"])
-        reports += found["reports"]
-    if lines := list(_with_line_numbers(reports)):
-        listing = out / "logs" / "skipped.txt"
-        listing.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        counts = ", ".join(f"{count} {problem}" for problem, count in skipped.items() if count)
-        print(*lines[:5], f"skipped {skipped.total()} documents ({counts}), listed in {listing}", sep="\n")
-    return dict(skipped)
-
-
-def _with_line_numbers(reports: list[dict[str, Any]]) -> Iterator[str]:
-    """ "file:line: reason" of each report; the lines known by their offset are counted in one pass over the file."""
-    for path, group in itertools.groupby(reports, key=lambda report: report["file"]):
-        line, position = 1, 0
-        with contextlib.ExitStack() as stack:
-            file: IO[bytes] | None = None
-            for report in group:
-                if "offset" in report:
-                    file = file or stack.enter_context(open(path, "rb"))
-                    while block := file.read(min(2**20, report["offset"] - position)):
-                        line, position = line + block.count(b"\n"), position + len(block)
-                reason = ": ".join(filter(None, (REASONS[report["skipped"]], report.get("detail"))))
-                yield f"{path}:{report.get('line', line)}: {reason}"
-
-
-def _cut_shards(config: PrepareConfig, parts: list[Path]) -> dict[str, Any]:
-    """Join the parts, in the order of the tasks, into the shards of each split; return the manifest's "splits"."""
-    last_key = _last_val_key(config, parts)
-    writers = {split: _ShardWriter(Path(config.out), split, config.tokens_per_shard) for split in ("train", "val")}
-    for part in parts:
-        records = _records(part)
-        if not len(records):
-            continue
-        tokens = np.memmap(part.with_suffix(".ds"), "<u2", "r")
-        if len(tokens) != records[-1]["token_end"]:
-            raise OSError(
-                f"{part}.ds has {len(tokens)} tokens, not {records[-1]['token_end']}: delete {part.parent} and repeat"
-            )
-        held_out = np.zeros(len(records), bool) if last_key is None else records["key"] <= last_key
-        borders = [0, *(np.flatnonzero(np.diff(held_out)) + 1).tolist(), len(records)]
-        for first, end in itertools.pairwise(borders):
-            writers["val" if held_out[first] else "train"].write(tokens, records, first, end)
-    splits = {split: writer.close() for split, writer in writers.items()}
-    if not splits["train"]["documents"]:
-        raise ValueError(
-            f"all {splits['val']['documents']} documents fell to validation, none to training: "
-            "hold out fewer, or pass --val_fraction 0"
-        )
-    return splits
-
-
-def _last_val_key(config: PrepareConfig, parts: list[Path]) -> int | None:
-    """The largest key that goes to validation; None when nothing does."""
-    wanted = config.val_documents or len(config.val_ids) or 1
-    smallest, total = np.empty(0, "<u8"), 0
-    for part in parts:
-        records = _records(part)
-        total += len(records)
-        smallest = np.sort(np.concatenate([smallest, records["key"]]))[:wanted]
-    if not total:
-        raise ValueError(
-            f"no documents in {', '.join(config.inputs) or config.dataset}: "
-            f"is the text in the field {config.text_field!r} (--text_field)?"
-        )
-    if config.val_ids:
-        if (found := int(np.count_nonzero(smallest == 0))) < wanted:
-            raise ValueError(f"val_ids: found {found} of {wanted} documents {list(config.val_ids)}: check the field id")
-        return 0
-    if config.val_documents is not None:
-        return int(smallest[-1]) if config.val_documents else None
-    if not config.val_fraction:
-        return None
-    return max(int(config.val_fraction * 2**64) - 1, int(smallest[0]))  # at least one document
-
-
-def _records(part: Path) -> np.ndarray:
-    return np.fromfile(part.with_suffix(".docs"), RECORD)
-
-
-class _ShardWriter:
-    """Writes one split's shards; a document is never divided."""
-
-    def __init__(self, out: Path, split: str, tokens_per_shard: int) -> None:
-        shutil.rmtree(out / split, ignore_errors=True)
-        (out / split).mkdir()
-        self.out, self.split, self.tokens_per_shard = out, split, tokens_per_shard
-        self.shards: list[dict[str, Any]] = []
-        self.files: tuple[IO[bytes], IO[bytes]] | None = None
-
-    def write(self, tokens: np.ndarray, records: np.ndarray, first: int, end: int) -> None:
-        """Append documents [first, end) of a part, whose tokens are `tokens`."""
-        while first < end:
-            if self.files is None:
-                self._open_shard()
-            assert self.files is not None
-            tokens_file, index_file = self.files
-            shard = self.shards[-1]
-            begin = records[first - 1] if first else np.zeros((), RECORD)
-            ends = records["token_end"][first:end] - begin["token_end"] + np.uint64(shard["tokens"])
-            count = min(int(np.searchsorted(ends, self.tokens_per_shard)) + 1, end - first)
-            last = records[first + count - 1]
-            for start in range(int(begin["token_end"]), int(last["token_end"]), COPY_TOKENS):
-                block = tokens[start : min(start + COPY_TOKENS, int(last["token_end"]))].tobytes()
-                tokens_file.write(block)
-                self.sha256.update(block)
-            index_file.write(ends[:count].astype("<u8").tobytes())
-            shard["tokens"] = int(ends[count - 1])
-            shard["documents"] += count
-            shard["bytes"] += int(last["byte_end"] - begin["byte_end"])
-            first += count
-            if shard["tokens"] >= self.tokens_per_shard:
-                self._close_shard()
-
-    def close(self) -> dict[str, Any]:
-        """Finish the last shard; return the split's entry of the manifest."""
-        if self.files:
-            self._close_shard()
-        totals = {key: sum(shard[key] for shard in self.shards) for key in ("tokens", "documents", "bytes")}
-        return totals | {"shards": self.shards}
-
-    def _open_shard(self) -> None:
-        name = f"{self.split}/{len(self.shards):05d}.ds"
-        tokens_path, index_path = self.out / name, self.out / f"{name}.index"
-        self.files = tokens_path.open("wb"), index_path.open("wb")  # closed in _close_shard
-        self.shards.append({"file": name, "tokens": 0, "documents": 0, "bytes": 0})
-        self.sha256 = hashlib.sha256()
-
-    def _close_shard(self) -> None:
-        import humanize  # comes with datatrove
-
-        assert self.files is not None
-        for file in self.files:
-            file.close()
-        self.files = None
-        shard = self.shards[-1]
-        shard["sha256"] = self.sha256.hexdigest()
-        count = shard["tokens"]
-        # As datatrove's own writer: tokenizer and bytes per token, tokens, tokens for people.
-        metadata = f"gpt2|2\n{count}\n{humanize.metric(count, unit='T')}"
-        (self.out / f"{shard['file']}.metadata").write_text(metadata, encoding="utf-8")

@@ -6,6 +6,7 @@ Both are read from the same files in `gpt2_hf/assets/tokenizer`, need no network
 import functools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ _PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|
 _SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 _LONG = 4096  # characters of whitespace in a row; tiktoken's regex gives up before a million
 _LONG_SPACE = re.compile(f"(?<!{_SPACE}){_SPACE}{{{_LONG},}}")  # looking behind, it tries each run only once
+_PART = 2**21  # characters encoded at a time
+_SPACE_AFTER = re.compile(f"(?<!{_SPACE}){_SPACE}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NO_SPECIAL: frozenset[str] = frozenset()
 
@@ -74,7 +77,8 @@ def encode_document(text: str) -> np.ndarray:
     try:
         ids = [
             encoder.encode_to_numpy(piece, allowed_special=_NO_SPECIAL, disallowed_special=_NO_SPECIAL)
-            for piece in _safe_pieces(text)
+            for part in _parts(text)
+            for piece in _safe_pieces(part)
         ]
     except UnicodeEncodeError:
         found = _SURROGATE.search(text)
@@ -84,6 +88,18 @@ def encode_document(text: str) -> np.ndarray:
             "repair the text, or leave it out"
         ) from None
     return np.concatenate([*ids, [EOT]], dtype=np.uint16, casting="unsafe")
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A very long text in parts, to save memory; the ids stay the same.
+
+    A part ends where whitespace follows something else, and there the pattern never joins the two.
+    """
+    start = 0
+    while len(text) - start > _PART and (cut := _SPACE_AFTER.search(text, start + _PART)):
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:] if start else text
 
 
 def _safe_pieces(text: str) -> list[str]:

@@ -1,0 +1,373 @@
+"""Inputs -> documents: what there is to read, cut into tasks, and the pipeline step that reads one task.
+
+Tasks follow from the inputs alone, never from the number of workers: a large .jsonl is cut by byte ranges, a .parquet
+by row groups. A compressed file cannot be entered in the middle, so a large one is read by several tasks that each keep
+their share of its lines: to unpack text is 20 to 100 times faster than to tokenize it.
+"""
+
+import contextlib
+import glob
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .tokenizer import ASSETS
+
+if TYPE_CHECKING:
+    from datatrove.data import Document
+
+TASK_BYTES = 64 * 2**20  # input bytes of one task: large files are cut, small files are put together
+SHARE_BYTES = 8 * 2**20  # compressed bytes that are worth another task
+SHARES = 8  # at most so many tasks read one compressed file, and no more than 2 * SHARES read all
+STRIPE_BYTES = 2**16  # of text: the tasks that share a file take turns with stripes of lines
+TXT_BYTES = 64 * 2**20  # a longer .txt is no document, but a corpus: it is cut at a line end
+LINE_BYTES = 128 * 2**20  # a longer line of .jsonl is not read
+SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
+
+Row = tuple[Any, dict[str, Any]]  # a document's fields, and where it stands; "skipped" there says why it is unusable
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from.
+
+    Args:
+        inputs: files, folders and globs; or
+        dataset: name of a dataset on the Hub, or a folder of save_to_disk, with its name, revision and split.
+        text_field: field or column that has the text.
+        separator: cuts a .txt into documents.
+        exclude_wikipedia: mark the pages of Wikipedia.
+    """
+
+    inputs: tuple[str, ...] = ()
+    dataset: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    separator: str | None = None
+    exclude_wikipedia: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of an input, by its kind: "bytes" start to end of a file, "share" number start of end of a compressed one,
+    "groups" start to end of a .parquet, "rows" part start of end of a dataset (the path is then its name)."""
+
+    path: str
+    kind: str
+    start: int
+    end: int
+
+
+def plan(source: Source) -> tuple[dict[str, Any], Source, list[list[Piece]]]:
+    """What is read, in few words for the manifest; the source with its revision settled; the pieces of each task.
+
+    Raises ValueError or OSError with one line that says what to do.
+    """
+    if source.dataset:
+        return _plan_dataset(source)
+    files = find_files(source.inputs)
+    tasks: list[list[Piece]] = [[]]
+    room = TASK_BYTES
+    for path in files:
+        size = path.stat().st_size
+        for piece in _cut(path, size, len(files), source.separator):
+            cost = size // piece.end if piece.kind == "share" else size if piece.kind == "groups" else 0
+            cost = cost or piece.end - piece.start
+            if tasks[-1] and cost > room:
+                tasks.append([])
+                room = TASK_BYTES
+            tasks[-1].append(piece)
+            room -= cost
+    return describe(files), source, tasks
+
+
+def _cut(path: Path, size: int, n_files: int, separator: str | None) -> list[Piece]:
+    """The pieces of one file."""
+    name = str(path)
+    if path.suffix in (".gz", ".zst"):
+        shares = 1
+        if _format(path) != ".txt":
+            shares = max(1, min(SHARES, 2 * SHARES // n_files, size // SHARE_BYTES))
+        return [Piece(name, "share", share, shares) for share in range(shares)]
+    if path.suffix == ".parquet":
+        groups = 1
+        with contextlib.suppress(*_read_errors(name)):  # a damaged file is reported when it is read
+            import pyarrow.parquet
+
+            groups = pyarrow.parquet.read_metadata(path).num_row_groups
+        pieces = max(1, min(groups, round(size / TASK_BYTES)))
+        borders = pairwise(groups * i // pieces for i in range(pieces + 1))
+        return [Piece(name, "groups", start, end) for start, end in borders]
+    whole = path.suffix == ".txt" and (separator is not None or size <= TXT_BYTES)
+    step = max(size, 1) if whole else TXT_BYTES if path.suffix == ".txt" else TASK_BYTES
+    return [Piece(name, "bytes", start, min(start + step, size)) for start in range(0, max(size, 1), step)]
+
+
+def describe(files: list[Path]) -> dict[str, Any]:
+    """The files by number, size and a hash of their names and sizes."""
+    listing = [(path.name, path.stat().st_size) for path in files]
+    digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+    return {"files": len(files), "bytes": sum(size for _, size in listing), "names_and_sizes_sha256": digest}
+
+
+def find_files(inputs: Iterable[str]) -> list[Path]:
+    """The files to read, in the order of the inputs, by name inside a folder or glob, each once."""
+    found: dict[Path, Path] = {}
+    for item in inputs:
+        if item == "shakespeare" and not Path(item).exists():
+            item = str(ASSETS / "shakespeare.jsonl.gz")
+        if Path(item).is_dir():
+            paths = [path for path in Path(item).rglob("*") if path.is_file() and _format(path)]
+        elif Path(item).is_file():
+            paths = [Path(item)]
+        else:
+            paths = [Path(path) for path in glob.glob(item, recursive=True) if Path(path).is_file()]
+        if not paths:
+            raise FileNotFoundError(f"{item}: no such file, or a folder without {', '.join(SUFFIXES)}: check the path")
+        for path in sorted(paths):
+            if not _format(path):
+                raise ValueError(f"{path}: not one of {', '.join(SUFFIXES)} (or .gz, .zst of text): convert it first")
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def _format(path: Path) -> str | None:
+    """The suffix without compression, if it is one that we read."""
+    suffix = Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
+    compressed_table = path.suffix != suffix and suffix == ".parquet"
+    return suffix if suffix in SUFFIXES and not compressed_table and not path.name.startswith(".") else None
+
+
+def _plan_dataset(source: Source) -> tuple[dict[str, Any], Source, list[list[Piece]]]:
+    """One task per file of a dataset that is streamed, one per TASK_BYTES of a saved one."""
+    name, revision = str(source.dataset), source.revision
+    try:
+        if not Path(name).is_dir():
+            from huggingface_hub import HfApi
+
+            # Every task must read one and the same commit, even if the dataset changes during the run.
+            revision = HfApi().dataset_info(name, revision=revision, timeout=10).sha
+        settled = Source(**asdict(source) | {"revision": revision})
+        rows = _load_dataset(settled)
+        saved = hasattr(rows, "data")
+        count = max(-(-rows.data.nbytes // TASK_BYTES) if saved else rows.num_shards, 1)
+    except Exception as error:  # the clients' own exceptions have no common base
+        raise OSError(
+            f"dataset {name}: {_first_line(error)}: check its name, configuration, split and the network, "
+            "or pass local files"
+        ) from error
+    tasks = [[Piece(name, "rows", index, count)] for index in range(count)]
+    return {"revision": revision, "tasks": count}, settled, tasks
+
+
+def _load_dataset(source: Source) -> Any:
+    """A map-style dataset for a folder of save_to_disk, else a streamed one."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    folder = Path(str(source.dataset))
+    if (folder / "dataset_dict.json").exists():
+        folder /= source.split
+    if (folder / "state.json").exists():
+        return datasets.load_from_disk(str(folder))
+    return datasets.load_dataset(
+        str(source.dataset), source.name, split=source.split, revision=source.revision, streaming=True
+    )
+
+
+@dataclass(frozen=True)
+class ReadDocuments:
+    """Pipeline step (datatrove runs any callable, so this module imports without it): the documents of task `rank`.
+
+    Metadata say where each stands: "file", "piece" (its number in the task) and "line", or the "offset" of the line in
+    bytes. An unusable one passes with an empty text and the reason in "skipped", for the writer to count.
+    """
+
+    source: Source
+    tasks: list[list[Piece]] = field(repr=False)  # datatrove logs every step's repr, for every task
+
+    def __call__(self, data: Any, rank: int, world_size: int) -> "Iterator[Document]":
+        from datatrove.data import Document
+
+        for number, piece in enumerate(self.tasks[rank]):
+            for row, place in self.rows(piece):
+                place |= {"file": piece.path, "piece": number}
+                if "skipped" not in place and (problem := self._problem(row)):
+                    place["skipped"] = problem
+                if "skipped" in place:
+                    yield Document(text="", id="", metadata=place)
+                else:
+                    yield Document(text=row[self.source.text_field], id=str(row.get("id", "")), metadata=place)
+
+    def _problem(self, row: Any) -> str | None:
+        """Why a row is no document; a key of audit.REASONS."""
+        if not isinstance(row, dict):
+            return "broken"
+        text = row.get(self.source.text_field)
+        if not isinstance(text, str):
+            return "no_text"
+        if not text or text.isspace():
+            return "empty"
+        if self.source.exclude_wikipedia and (
+            "wikipedia.org/" in str(row.get("url", ""))[:100] or "Wikipedia, the free encyclopedia" in text[:500]
+        ):
+            return "wikipedia"
+        return None
+
+    def rows(self, piece: Piece) -> Iterator[Row]:
+        """The rows of a piece. A file that cannot be read to its end gives one last row that says so."""
+        form = _format(Path(piece.path)) if piece.kind != "rows" else None
+        read = {"rows": self._dataset_rows, "groups": self._parquet_rows}.get(
+            piece.kind, self._txt_rows if form == ".txt" else _json_rows
+        )
+        place: dict[str, Any] = {"line": 0}
+        try:
+            for row, place in read(piece):
+                yield row, place
+        except _read_errors(piece.path) as error:
+            # Not the file's fault, but the disk's, the network's or the Hub's: to go on would lose good documents.
+            if piece.kind == "rows" or getattr(error, "errno", None) is not None:
+                raise
+            last = {key: place[key] for key in ("line", "offset") if key in place}
+            yield None, last | {"skipped": "damaged", "detail": _first_line(error)}
+
+    def _txt_rows(self, piece: Piece) -> Iterator[Row]:
+        name = Path(piece.path).name.removesuffix(".gz").removesuffix(".zst").removesuffix(".txt")
+        with _open(piece.path) as file:
+            if self.source.separator is not None:
+                texts = _split(file, self.source.separator.encode(), piece.path)
+            else:
+                texts = iter([_lines_of(file, piece)]) if piece.kind == "bytes" else _blocks(file)
+            for number, (place, raw) in enumerate(texts):
+                try:
+                    text = raw.decode("utf-8-sig")
+                except UnicodeDecodeError as error:
+                    wrong = raw.count(b"\n", 0, error.start) if "line" in place else error.start
+                    yield None, {key: value + wrong for key, value in place.items()}
+                    continue
+                del raw
+                yield {"id": f"{name}-{number}" if number else name, self.source.text_field: text}, place
+
+    def _parquet_rows(self, piece: Piece) -> Iterator[Row]:
+        import pyarrow.parquet
+
+        # Page by page: a row group may be larger than memory.
+        with pyarrow.parquet.ParquetFile(piece.path, memory_map=True, pre_buffer=False, buffer_size=2**20) as file:
+            columns = self._columns(piece.path, file.schema_arrow.names)
+            number = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
+            groups = range(piece.start, min(piece.end, file.num_row_groups))
+            for batch in file.iter_batches(batch_size=256, columns=columns, row_groups=groups):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield row, {"line": number}
+
+    def _dataset_rows(self, piece: Piece) -> Iterator[Row]:
+        rows = _load_dataset(self.source)
+        if rows.column_names:  # a streamed dataset may not know them
+            rows = rows.select_columns(self._columns(str(self.source.dataset), rows.column_names))
+        # The line counts inside the part, which is all that can be known of a stream.
+        for number, row in enumerate(rows.shard(num_shards=piece.end, index=piece.start, contiguous=True), 1):
+            yield row, {"line": number}
+
+    def _columns(self, where: str, names: list[str]) -> list[str]:
+        if self.source.text_field not in names:
+            raise ValueError(f"{where}: no column {self.source.text_field!r} among {names}: set --text_field")
+        return [name for name in names if name in (self.source.text_field, "id", "url")]
+
+
+def _json_rows(piece: Piece) -> Iterator[Row]:
+    """The lines that begin inside the piece, or in its stripes."""
+    compressed = piece.kind == "share"
+    with _open(piece.path) as file:
+        position = number = 0
+        if not compressed and piece.start:
+            position = piece.start - 1
+            file.seek(position)
+            position += len(file.readline())
+        while (compressed or position < piece.end) and (line := file.readline(LINE_BYTES)):
+            number += 1
+            # Inside a large file the number of a line is counted only if it must be reported.
+            place = {"line": number} if compressed else {"offset": position}
+            mine = not compressed or position // STRIPE_BYTES % piece.end == piece.start
+            first = position == 0
+            position += len(line)
+            if len(line) == LINE_BYTES and not line.endswith(b"\n"):
+                while (more := file.readline(LINE_BYTES)) and not more.endswith(b"\n"):
+                    position += len(more)
+                position += len(more)
+                if mine:
+                    yield None, place | {"skipped": "too_long"}
+            elif mine:
+                try:
+                    row = json.loads(text) if (text := line.decode("utf-8-sig" if first else "utf-8").strip()) else None
+                except (ValueError, RecursionError):  # not UTF-8, or not JSON
+                    yield None, place
+                    continue
+                if text:
+                    del line, text  # 50 MB each, perhaps
+                    yield row, place
+
+
+def _lines_of(file: io.BufferedIOBase, piece: Piece) -> tuple[dict[str, int], bytes]:
+    """The lines that begin inside the piece, and where the first one does."""
+    if piece.start:
+        file.seek(piece.start - 1)
+        file.readline()
+    begin = file.tell()
+    return {"offset": begin}, file.read(piece.end - 1 - begin) + file.readline() if begin < piece.end else b""
+
+
+def _blocks(file: io.BufferedIOBase) -> Iterator[tuple[dict[str, int], bytes]]:
+    """A file in blocks of about TXT_BYTES, cut at a line end, and the line on which each begins."""
+    line = 1
+    while block := file.read(TXT_BYTES):
+        block += file.readline()
+        yield {"line": line}, block
+        line += block.count(b"\n")
+
+
+def _split(file: io.BufferedIOBase, separator: bytes, path: str) -> Iterator[tuple[dict[str, int], bytes]]:
+    """The documents between separators, and the line on which each begins; empty ones are nothing."""
+    line, rest, ended = 1, b"", False
+    while not ended:
+        block = file.read(2**20)
+        ended = not block
+        *whole, rest = (rest + block).split(separator)
+        for text in [*whole, rest] if ended else whole:
+            if text.strip():
+                yield {"line": line}, text
+            line += (text + separator).count(b"\n")
+        if len(rest) > TXT_BYTES:
+            raise ValueError(f"{path}: no {separator.decode()!r} within {TXT_BYTES:,} bytes: check --separator")
+
+
+def _open(path: str) -> io.BufferedIOBase:
+    if path.endswith(".gz"):
+        return gzip.open(path, "rb")
+    if path.endswith(".zst"):
+        import pyarrow
+
+        # Unlike zstandard's reader, it raises when the file was cut short.
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 2**16)
+    return open(path, "rb")
+
+
+def _read_errors(path: str) -> tuple[type[Exception], ...]:
+    if not path.endswith(".parquet"):
+        return (EOFError, OSError, zlib.error)
+    import pyarrow
+
+    return (OSError, pyarrow.ArrowInvalid)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(". ")
