@@ -74,7 +74,7 @@ def test_no_such_split(root):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("version", 2), ("dtype", "uint32"), ("format", "llmc")], ids=["version", "dtype", "format"]
+    ("key", "value"), [("version", 1), ("dtype", "uint32"), ("format", "llmc")], ids=["version", "dtype", "format"]
 )
 def test_another_format_is_refused(root, key, value):
     edit_manifest(root, lambda manifest: manifest.update({key: value}))
@@ -130,8 +130,11 @@ def test_verify_checks_what_the_checksum_cannot(root, tokens, ends, complaint):
     raw = np.array(tokens, dtype="<u2").tobytes()
     (root / "train/00000.ds").write_bytes(raw)
     (root / "train/00000.ds.index").write_bytes(np.array(ends, dtype="<u8").tobytes())
-    digest = hashlib.sha256(raw).hexdigest()
-    edit_manifest(root, lambda manifest: manifest["splits"]["train"]["shards"][0].update(sha256=digest))
+    digests = {
+        "sha256": hashlib.sha256(raw).hexdigest(),
+        "index_sha256": hashlib.sha256(np.array(ends, dtype="<u8").tobytes()).hexdigest(),
+    }
+    edit_manifest(root, lambda manifest: manifest["splits"]["train"]["shards"][0].update(digests))
     assert complaint in error_of(root, check=lambda shards: shards.verify())
 
 
@@ -147,7 +150,15 @@ def test_opening_reads_no_data(tmp_path):
             stream.seek(8 * (100_000 - 1))
             stream.write((100_000_000).to_bytes(8, "little"))
         entries.append({"file": file, "tokens": 100_000_000, "documents": 100_000, "bytes": 0, "sha256": "0"})
-    header = {"format": "gpt2_hf/shards", "version": 1, "dtype": "uint16", "vocab_size": 50257, "eot": 50256}
+        entries[-1]["index_sha256"] = "0"
+    header = {
+        "format": "gpt2_hf/shards",
+        "version": 2,
+        "tokenizer": "gpt2",
+        "dtype": "uint16",
+        "vocab_size": 50257,
+        "eot": 50256,
+    }
     manifest = {**header, "splits": {"train": {"bytes": 0, "shards": entries}}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     start = time.perf_counter()
