@@ -52,22 +52,23 @@ class LocalFolder:
 
     def sizes(self) -> dict[str, int]:
         found: dict[str, int] = {}
-        todo, seen = [""], set()  # a link may lead back to a folder above it
+        todo: list[tuple[str, frozenset]] = [("", frozenset())]  # a folder, and those above it: a link may lead back
         while todo:
-            prefix = todo.pop()
+            prefix, above = todo.pop()
             try:
+                status = os.stat(self.root / prefix)
                 entries = os.scandir(self.root / prefix)
             except (FileNotFoundError, NotADirectoryError):
                 continue
+            identity = (status.st_dev, status.st_ino)
             with entries:
-                for entry in entries:
+                for entry in entries if identity not in above else ():
                     if self.only and entry.name.removesuffix(".index").removesuffix(".metadata") != self.only:
                         continue
                     if entry.is_file():
                         found[prefix + entry.name] = entry.stat().st_size
-                    elif entry.is_dir() and (identity := (entry.stat().st_dev, entry.stat().st_ino)) not in seen:
-                        seen.add(identity)
-                        todo.append(f"{prefix}{entry.name}/")
+                    elif entry.is_dir():
+                        todo.append((f"{prefix}{entry.name}/", above | {identity}))
         return dict(sorted(found.items()))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:

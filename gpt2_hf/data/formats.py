@@ -160,8 +160,8 @@ def _npy_layout(path: str, head: bytes) -> tuple[str, int, int]:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
         shape, _, dtype = read(stream)
-    except ValueError as error:
-        raise ShardError(f"{path} has a broken NumPy header ({error}): copy it again") from None
+    except Exception as error:  # NumPy parses it as Python, with many ways to fail
+        raise ShardError(f"{path} has a broken NumPy header ({type(error).__name__}): copy it again") from None
     # int16 is too narrow; the wider ones are read as unsigned, so that a negative number is seen as out of range.
     if len(shape) != 1 or dtype.str not in ("<u2", "<i4", "<u4", "<i8", "<u8"):
         raise ShardError(

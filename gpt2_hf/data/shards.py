@@ -36,13 +36,17 @@ from .formats import (
     split_of,
 )
 
-__all__ = ["Folder", "LocalFolder", "Shard", "ShardError", "ShardSet", "open_split"]
+__all__ = ["Folder", "LocalFolder", "Shard", "ShardError", "ShardSet", "SplitMissing", "open_split"]
 
 FORMAT = "gpt2_hf/shards"
 VERSION = 2
 TOKENIZER = "gpt2"
 TOKEN_BYTES = 2
 VERIFY_TOKENS = 2**23
+
+
+class SplitMissing(ShardError):
+    """The data folder has no such split."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ class ShardSet:
                     f"{expected[:12]}...: copy the file again or prepare the data again"
                 )
         if largest >= self.vocab_size:
-            raise ShardError(outside_vocabulary(shard, largest, self.vocab_size))
+            raise outside_vocabulary(shard, largest, self.vocab_size)
         if shard.n_documents:
             ends = shard.document_ends()
             increasing = ends[0] > 0 and (np.diff(ends) > 0).all() and ends[-1] == len(tokens)
@@ -141,9 +145,9 @@ class ShardSet:
                 )
 
 
-def outside_vocabulary(shard: Shard, token: int, vocab_size: int) -> str:
-    """The message for a token that is none."""
-    return (
+def outside_vocabulary(shard: Shard, token: int, vocab_size: int) -> ShardError:
+    """The error for a token that is none."""
+    return ShardError(
         f"{shard.path} holds token {token}, outside a vocabulary of {vocab_size}: the file is damaged, copy it or "
         "prepare the data again"
     )
@@ -181,7 +185,7 @@ def _open_prepared(folder: Folder, sizes: dict[str, int], split: str) -> ShardSe
                 "prepare the data again"
             )
         if split not in manifest["splits"]:
-            raise ShardError(_no_split(folder, split, f"it has {', '.join(manifest['splits']) or 'none'}"))
+            raise SplitMissing(_no_split(folder, split, f"it has {', '.join(manifest['splits']) or 'none'}"))
         entry = manifest["splits"][split]
         with ThreadPoolExecutor(16) as pool:  # a remote folder takes its time to answer
             shards = tuple(pool.map(partial(_open_ds, folder, sizes), entry["shards"]))
@@ -221,9 +225,8 @@ def _open_ds(folder: Folder, sizes: dict[str, int], entry: dict[str, Any]) -> Sh
         digest=entry["sha256"],
         sha256={name: entry["sha256"], index: entry["index_sha256"]},
         tokens=partial(folder.map, name, "<u2"),
-        document_ends=partial(
-            folder.map, index, "<i8"
-        ),  # unsigned in the file, but NumPy would mix that with int as float
+        # Unsigned in the file, but NumPy would mix that with int as float.
+        document_ends=partial(folder.map, index, "<i8"),
     )
 
 
@@ -236,7 +239,7 @@ def _open_foreign(folder: Folder, sizes: dict[str, int], split: str) -> ShardSet
         )
     chosen = [file for file in files if split_of(file.name) == split]
     if not chosen:
-        raise ShardError(_no_split(folder, split, f"no file or folder in it has '{split}' in its name; name one so"))
+        raise SplitMissing(_no_split(folder, split, f"no file or folder in it has '{split}' in its name; name one so"))
     eot_first = begins_with_eot(files)
     shards = [shard for file in chosen for shard in _open_file(file, eot_first)]
     return ShardSet(split, tuple(shards), VOCAB_SIZE, EOT, n_bytes=None, eot_first=eot_first)

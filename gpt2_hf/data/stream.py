@@ -179,7 +179,7 @@ class TokenStream:
         while filled < len(out):
             n = self._documents(epoch, layout.parts[part]).read(position, out[filled:])
             if check and (largest := int(out[filled : filled + n].max())) >= self.vocab_size:
-                raise ShardError(outside_vocabulary(self._parts[layout.parts[part]].shard, largest, self.vocab_size))
+                raise outside_vocabulary(self._parts[layout.parts[part]].shard, largest, self.vocab_size)
             filled, position, part = filled + n, 0, part + 1
 
     def _permutation(self, n: int, epoch: int, purpose: int, which: int) -> np.ndarray:
