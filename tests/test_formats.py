@@ -207,6 +207,7 @@ def test_a_wrong_token_is_named_with_its_file(tmp_path):
         ("Validation.bin", "val"),
         ("val.bin", "val"),
         ("train/val_0.bin", "val"),
+        ("without_val_train_0.bin", "train"),
         ("test.bin", "test"),
         ("retrieval_000.bin", "train"),
         ("interval/strain.bin", "train"),

@@ -180,7 +180,8 @@ def test_files_of_other_sizes_swapped_are_found_at_once(root):
     ],
     ids=["wrong end", "unordered", "outside the vocabulary"],
 )
-def test_verify_checks_what_the_checksum_cannot(root, tokens, ends, complaint):
+def test_verify_checks_what_the_checksum_cannot(root, tokens, ends, complaint, monkeypatch):
+    monkeypatch.setattr("gpt2_hf.data.shards.VERIFY_TOKENS", 2)
     raw = np.array(tokens, dtype="<u2").tobytes()
     (root / "train/00000.ds").write_bytes(raw)
     (root / "train/00000.ds.index").write_bytes(np.array(ends, dtype="<u8").tobytes())
@@ -228,8 +229,8 @@ def windows_of(shards, **attributes):
 def test_a_token_outside_the_vocabulary_is_named_with_its_file_when_read(root):
     path = root / "train/00000.ds"
     path.write_bytes(path.read_bytes().replace(b"\x03\x00", b"\x51\xc4"))  # 3 becomes 50257
-    message = error_of(root, check=windows_of)
-    assert "train/00000.ds holds token 50257" in message
+    for check in (windows_of, lambda shards: TokenStream(shards, 2, seed=0).batch(0, 8)):
+        assert "train/00000.ds holds token 50257" in error_of(root, check=check)
 
 
 class MemoryFolder:
