@@ -23,7 +23,7 @@ def make_shards(tmp_path: Path) -> Callable[..., Path]:
         root = tmp_path / name
         manifest = {
             "format": "gpt2_hf/shards",
-            "version": 1,
+            "version": 2,
             "tokenizer": "gpt2",
             "vocab_size": 50257,
             "dtype": "uint16",
@@ -41,7 +41,8 @@ def make_shards(tmp_path: Path) -> Callable[..., Path]:
                 ends = np.cumsum([len(document) + 1 for document in documents])
                 file = f"{split}/{number:05d}.ds"
                 (root / file).write_bytes(raw)
-                (root / f"{file}.index").write_bytes(ends.astype("<u8").tobytes())
+                index = ends.astype("<u8").tobytes()
+                (root / f"{file}.index").write_bytes(index)
                 entries.append(
                     {
                         "file": file,
@@ -49,6 +50,7 @@ def make_shards(tmp_path: Path) -> Callable[..., Path]:
                         "documents": len(documents),
                         "bytes": 4 * len(tokens),
                         "sha256": hashlib.sha256(raw).hexdigest(),
+                        "index_sha256": hashlib.sha256(index).hexdigest(),
                     }
                 )
             totals = {key: sum(entry[key] for entry in entries) for key in ("tokens", "documents", "bytes")}

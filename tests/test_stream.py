@@ -225,6 +225,20 @@ def test_permutations_are_unrelated():
     assert all(sorted(order) == list(range(50)) for order in orders)
 
 
+@pytest.mark.parametrize("n", [0, 1, 2, 1000, 100_000])
+def test_a_permutation_sorts_the_bits(n):
+    key, counter = np.array([3, 4], np.uint64), np.array([0, 0, WINDOWS, 5], np.uint64)
+    bits = np.random.Philox(key=key, counter=counter).random_raw(n).tolist()
+    assert permutation(n, 3, 4, WINDOWS, 5).tolist() == sorted(range(n), key=bits.__getitem__), ADVICE
+
+
+def test_equal_bits_stay_in_their_order(monkeypatch):
+    """64 bits are hardly ever equal, so here are some that are, or differ in few places."""
+    bits = np.random.default_rng(0).choice(np.array([0, 1, 2**47, 2**48, 2**63, 2**64 - 1], np.uint64), 5000)
+    monkeypatch.setattr(np.random, "Philox", lambda **_: type("Fixed", (), {"random_raw": lambda self, n: bits})())
+    assert permutation(5000, 0, 0, 0, 0).tolist() == sorted(range(5000), key=bits.tolist().__getitem__)
+
+
 def test_bad_arguments_are_refused_in_one_line(shards, make_shards):
     with pytest.raises(ShardError, match=r"has 4 tokens, one window needs seq_len \+ 1 = 9"):
         TokenStream(open_split(make_shards({"val": [[[1, 2, 3]]]}, "short"), "val"), T, seed=0)

@@ -6,104 +6,170 @@
     DATA/val/...
 
 The pair of files is datatrove's own format. To the rest of the project a `Shard` is only a flat array of tokens and an
-array of document ends, so another format is another function that makes a `Shard`.
+array of document ends, so another format is another function that makes a `Shard`: a folder without a manifest is read
+as one of the formats of `formats.py`.
 """
 
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from .folder import Folder, LocalFolder, ShardError
+from .formats import (
+    EOT,
+    INDEX_BYTES,
+    VOCAB_SIZE,
+    TokenFile,
+    begins_with_eot,
+    cut_points,
+    find_document_ends,
+    find_token_files,
+    read_last_end,
+    split_of,
+)
+
+__all__ = ["Folder", "LocalFolder", "Shard", "ShardError", "ShardSet", "SplitMissing", "open_split"]
+
 FORMAT = "gpt2_hf/shards"
-VERSION = 1
+VERSION = 2
+TOKENIZER = "gpt2"
 TOKEN_BYTES = 2
-INDEX_BYTES = 8
+VERIFY_TOKENS = 2**23
 
 
-class ShardError(ValueError):
-    """The data folder is missing, incomplete or damaged."""
+class SplitMissing(ShardError):
+    """The data folder has no such split."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of tokens. Nothing is read before `tokens` or `document_ends` is called, and each call maps afresh."""
+    """A run of tokens in one file. Nothing is read before `tokens` or `document_ends` is called, and each call maps
+    (or finds) afresh."""
 
+    folder: Folder
     name: str
-    path: Path
     n_tokens: int
-    n_documents: int
-    sha256: str
-    tokens: Callable[[], np.ndarray]  # -> (n_tokens,) uint16
+    n_documents: int | None  # None until they are looked for
+    digest: str  # of the file's content, or of parts of it
+    sha256: dict[str, str | None]  # of each file that it is read from, as the manifest has it
+    tokens: Callable[[], np.ndarray]  # -> (n_tokens,) uint16; wider unsigned integers in other projects' files
     document_ends: Callable[[], np.ndarray]  # -> (n_documents,) int64, increasing; the last is n_tokens
+
+    @property
+    def path(self) -> str:
+        """As it is shown in messages."""
+        return f"{self.folder.location}/{self.name}"
+
+    def fetch_ahead(self) -> None:
+        """Say that the shard will be read soon; returns at once."""
+        for name in self.sha256:
+            self.folder.fetch_ahead(name)
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """The shards of one split, in the manifest's order. `n_bytes` counts the UTF-8 text the tokens were made from."""
+    """The shards of one split, in the manifest's order, or without one by name."""
 
     split: str
     shards: tuple[Shard, ...]
     vocab_size: int
     eot: int
-    n_bytes: int
+    n_bytes: int | None  # UTF-8 text that the tokens were made from; None where nobody wrote it down
+    eot_first: bool = False  # documents begin with `eot` instead of ending with it
 
     @property
     def n_tokens(self) -> int:
         return sum(shard.n_tokens for shard in self.shards)
 
     @property
-    def n_documents(self) -> int:
-        return sum(shard.n_documents for shard in self.shards)
+    def n_documents(self) -> int | None:
+        counts = [shard.n_documents for shard in self.shards if shard.n_documents is not None]
+        return sum(counts) if len(counts) == len(self.shards) else None
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change with any file's name, length or content: a resumed run must find its own data."""
-        identity = [(shard.name, shard.n_tokens, shard.sha256) for shard in self.shards]
+        """16 hex digits that change with any file's name, length or content: a resumed run must find its own data.
+
+        Without a manifest, content means that of a few places in each file.
+        """
+        identity = [(shard.name, shard.n_tokens, shard.digest) for shard in self.shards]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
 
     def verify(self) -> None:
-        """Read every file to the end and compare it with its checksum and its index; raises ShardError."""
-        for shard in self.shards:
-            with shard.path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != shard.sha256:
-                raise ShardError(
-                    f"{shard.path}: sha256 is {found[:12]}..., the manifest says {shard.sha256[:12]}...: "
-                    "copy the file again or prepare the data again"
-                )
-            if not shard.n_tokens:
+        """Read every file to the end and compare it with its checksum and its index; raises ShardError.
+
+        Shows a bar on a terminal when it takes longer than a moment.
+        """
+        from tqdm import tqdm
+
+        with tqdm(
+            total=self.n_tokens, unit="tok", unit_scale=True, desc=f"verify {self.split}", disable=None, delay=1
+        ) as bar:
+            for shard in self.shards:
+                self._verify(shard, bar.update)
+
+    def _verify(self, shard: Shard, progress: Callable[[int], object]) -> None:
+        tokens, digest, largest = shard.tokens(), hashlib.sha256(), 0
+        for start in range(0, len(tokens), VERIFY_TOKENS):
+            block = tokens[start : start + VERIFY_TOKENS]
+            largest = max(largest, int(block.max()))
+            if shard.sha256[shard.name]:
+                digest.update(block.data)
+            progress(len(block))
+        for name, expected in shard.sha256.items():
+            if not expected:
                 continue
-            tokens, ends = shard.tokens(), shard.document_ends()
-            if ends[0] <= 0 or (np.diff(ends) <= 0).any() or (tokens[ends - 1] != self.eot).any():
+            read = name == shard.name
+            found = digest.hexdigest() if read else hashlib.sha256(shard.folder.read(name)).hexdigest()
+            if found != expected:
+                raise ShardError(
+                    f"{shard.folder.location}/{name}: sha256 is {found[:12]}..., the manifest says "
+                    f"{expected[:12]}...: copy the file again or prepare the data again"
+                )
+        if largest >= self.vocab_size:
+            raise outside_vocabulary(shard, largest, self.vocab_size)
+        if shard.n_documents:
+            ends = shard.document_ends()
+            increasing = ends[0] > 0 and (np.diff(ends) > 0).all() and ends[-1] == len(tokens)
+            if not increasing or (tokens[ends - 1] != self.eot).any():
                 raise ShardError(
                     f"{shard.path}.index: a document does not end with token {self.eot}: prepare the data again"
                 )
-            if (largest := int(tokens.max())) >= self.vocab_size:
-                raise ShardError(
-                    f"{shard.path}: holds token {largest}, outside a vocabulary of {self.vocab_size}: "
-                    "prepare the data again"
-                )
 
 
-def open_split(path: str | Path, split: str) -> ShardSet:
-    """Open one split ("train" or "val") of a prepared data folder.
+def outside_vocabulary(shard: Shard, token: int, vocab_size: int) -> ShardError:
+    """The error for a token that is none."""
+    return ShardError(
+        f"{shard.path} holds token {token}, outside a vocabulary of {vocab_size}: the file is damaged, copy it or "
+        "prepare the data again"
+    )
 
-    Only file sizes and each index's last entry are looked at, so this is quick for any amount of data;
+
+def open_split(path: str | Path | Folder, split: str) -> ShardSet:
+    """Open one split ("train" or "val") of a folder: a prepared one, or token files of another project (`formats.py`),
+    of which one may also be named itself.
+
+    Only file sizes and a few bytes of each file are looked at, so this is quick for any amount of data;
     `ShardSet.verify` reads everything. Raises ShardError, in one line, when something is missing or does not fit.
     """
-    root = Path(path)
-    source = root / "manifest.json"
+    folder = LocalFolder.open(path) if isinstance(path, str | Path) else path
+    sizes = folder.sizes()
+    open_folder = _open_prepared if "manifest.json" in sizes else _open_foreign
+    return open_folder(folder, sizes, split)
+
+
+def _open_prepared(folder: Folder, sizes: dict[str, int], split: str) -> ShardSet:
+    source = f"{folder.location}/manifest.json"
     try:
-        manifest = json.loads(source.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise ShardError(
-            f"no prepared data in {root} (manifest.json not found): prepare some, see "
-            "python scripts/prepare_data.py --help"
-        ) from None
+        manifest = json.loads(folder.read("manifest.json").decode("utf-8"))
     except ValueError as error:
         raise ShardError(f"{source} is not valid JSON ({error}): prepare the data again") from None
     try:
@@ -113,51 +179,87 @@ def open_split(path: str | Path, split: str) -> ShardSet:
                 f"{source} has format, version, dtype {kind}, this reader knows {(FORMAT, VERSION, 'uint16')}: "
                 "prepare the data again"
             )
+        if manifest["tokenizer"] != TOKENIZER:
+            raise ShardError(
+                f"{source} names the tokenizer {manifest['tokenizer']!r}, this reader knows '{TOKENIZER}': "
+                "prepare the data again"
+            )
         if split not in manifest["splits"]:
-            raise ShardError(f"{root} has no split '{split}': it has {', '.join(manifest['splits']) or 'none'}")
+            raise SplitMissing(_no_split(folder, split, f"it has {', '.join(manifest['splits']) or 'none'}"))
         entry = manifest["splits"][split]
-        return ShardSet(
-            split=split,
-            shards=tuple(_open_ds(root, file) for file in entry["shards"]),
-            vocab_size=manifest["vocab_size"],
-            eot=manifest["eot"],
-            n_bytes=entry["bytes"],
-        )
-    except (KeyError, TypeError) as error:
+        with ThreadPoolExecutor(16) as pool:  # a remote folder takes its time to answer
+            shards = tuple(pool.map(partial(_open_ds, folder, sizes), entry["shards"]))
+        return ShardSet(split, shards, manifest["vocab_size"], manifest["eot"], entry["bytes"])
+    except (KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{source} lacks or garbles an entry ({error}): prepare the data again") from None
 
 
-def _open_ds(root: Path, entry: dict) -> Shard:
-    path = root / entry["file"]
-    index = path.with_name(path.name + ".index")
-    n_tokens, n_documents = entry["tokens"], entry["documents"]
-    for file, size in ((path, TOKEN_BYTES * n_tokens), (index, INDEX_BYTES * n_documents)):
-        if not file.is_file():
-            raise ShardError(f"{file} is in the manifest but not on disk: copy it again or prepare the data again")
-        if (found := file.stat().st_size) != size:
+def _no_split(folder: Folder, split: str, what: str) -> str:
+    remedy = ", or train without validation: --eval.val_every 0" if split == "val" else ""
+    return f"{folder.location} has no split '{split}': {what}{remedy}"
+
+
+def _open_ds(folder: Folder, sizes: dict[str, int], entry: dict[str, Any]) -> Shard:
+    name, n_tokens, n_documents = entry["file"], entry["tokens"], entry["documents"]
+    index = f"{name}.index"
+    for file, size in ((name, TOKEN_BYTES * n_tokens), (index, INDEX_BYTES * n_documents)):
+        if file not in sizes:
             raise ShardError(
-                f"{file} has {found:,} bytes, the manifest says {size:,}: copy it again or prepare the data again"
+                f"{folder.location}/{file} is in the manifest but not on disk: copy it again or prepare the data again"
             )
-    last_end = 0
-    if n_documents:
-        with index.open("rb") as stream:
-            stream.seek(-INDEX_BYTES, 2)
-            last_end = int.from_bytes(stream.read(INDEX_BYTES), "little")
-    if last_end != n_tokens:
+        if sizes[file] != size:
+            raise ShardError(
+                f"{folder.location}/{file} has {sizes[file]:,} bytes, the manifest says {size:,}: "
+                "copy it again or prepare the data again"
+            )
+    if (last_end := read_last_end(folder, name, sizes[index]) if n_documents else 0) != n_tokens:
         raise ShardError(
-            f"{index} ends at token {last_end:,}, its shard has {n_tokens:,}: copy it again or prepare the data again"
+            f"{folder.location}/{index} ends at token {last_end:,}, its shard has {n_tokens:,}: "
+            "copy it again or prepare the data again"
         )
     return Shard(
-        name=entry["file"],
-        path=path,
-        n_tokens=n_tokens,
-        n_documents=n_documents,
-        sha256=entry["sha256"],
-        tokens=partial(_map, path, "<u2"),
-        document_ends=partial(_map, index, "<i8"),  # unsigned in the file, but NumPy would mix that with int as float
+        folder,
+        name,
+        n_tokens,
+        n_documents,
+        digest=entry["sha256"],
+        sha256={name: entry["sha256"], index: entry["index_sha256"]},
+        tokens=partial(folder.map, name, "<u2"),
+        # Unsigned in the file, but NumPy would mix that with int as float.
+        document_ends=partial(folder.map, index, "<i8"),
     )
 
 
-def _map(path: Path, dtype: str) -> np.ndarray:
-    # A plain array, not the memmap subclass, whose every slice costs several microseconds.
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+def _open_foreign(folder: Folder, sizes: dict[str, int], split: str) -> ShardSet:
+    files = find_token_files(folder, sizes)
+    if not files:
+        raise ShardError(
+            f"no prepared data in {folder.location} (manifest.json not found, nor token files of another project): "
+            "prepare some, see python scripts/prepare_data.py --help"
+        )
+    chosen = [file for file in files if split_of(file.name) == split]
+    if not chosen:
+        raise SplitMissing(_no_split(folder, split, f"no file or folder in it has '{split}' in its name; name one so"))
+    eot_first = begins_with_eot(files)
+    shards = [shard for file in chosen for shard in _open_file(file, eot_first)]
+    return ShardSet(split, tuple(shards), VOCAB_SIZE, EOT, n_bytes=None, eot_first=eot_first)
+
+
+def _open_file(file: TokenFile, eot_first: bool) -> list[Shard]:
+    """One shard; several for a long file whose documents are not listed, so that none needs a long search for them."""
+    folder, name, index = file.folder, file.name, f"{file.name}.index"
+    if file.n_documents is not None:
+        ends = partial(folder.map, index, "<i8")
+        files: dict[str, str | None] = {name: None, index: None}
+        return [Shard(folder, name, file.n_tokens, file.n_documents, file.digest, files, file.tokens, ends)]
+
+    def part(start: int, stop: int) -> Shard:
+        def tokens() -> np.ndarray:
+            return file.tokens()[start:stop]
+
+        def document_ends() -> np.ndarray:
+            return find_document_ends(tokens(), eot_first)
+
+        return Shard(folder, name, stop - start, None, file.digest, {name: None}, tokens, document_ends)
+
+    return [part(start, stop) for start, stop in pairwise(cut_points(file, eot_first))]
