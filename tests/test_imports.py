@@ -19,6 +19,7 @@ ALLOWED = {
     "data.folder": set(),
     "data.formats": {"data.folder"},
     "data.shards": {"data.folder", "data.formats"},
+    "data.remote": {"data.folder"},
     "data.stream": {"data.shards"},
     "data.tokenizer": set(),
     "data.prepare": {"data.tokenizer"},
