@@ -139,8 +139,6 @@ class RemoteFolder:
         remote = self._file(name)
         with self._mutex:
             self._unused.discard(name)
-            if name in self._queue:
-                self._queue.remove(name)
         if not remote.size:
             return np.empty(0, dtype)
         with self._open(name) as file:
