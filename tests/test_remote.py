@@ -613,6 +613,15 @@ def test_processes_fetch_each_shard_once(proxy, tmp_path):
         assert sorted(proxy.reads(f"{i}.ds")) == ["bytes=0-63999", "bytes=64000-99999"]
 
 
+def test_a_claim_sees_what_was_fetched_since(tmp_path):
+    cache, key = remote._Cache(tmp_path, 1000), "0" * 32
+    part = cache.claim(key)
+    part.write(b"1")
+    cache.keep(part, key).close()
+    assert cache.claim(key) is None and cached(tmp_path, "part") == []
+    assert cache.open(key, 1).read() == b"1"
+
+
 # Fetching ahead
 
 
@@ -639,8 +648,10 @@ def test_fetch_ahead_returns_at_once_and_fetches_once(proxy, tmp_path):
     for i in range(6):
         assert folder.map(f"{i}.ds", "u1").tobytes() == random_bytes(50 * KB, i)
         assert len(proxy.reads(f"{i}.ds")) == 1
-    folder.fetch_ahead("0.ds")  # its threads have ended and start again
-    folder.map("0.ds", "u1")
+    for path in (tmp_path / "cache").glob("*.data"):
+        path.unlink()
+    folder.fetch_ahead("0.ds")  # its thread has ended, another starts
+    wait_until(lambda: len(cached(tmp_path / "cache")) == 1)
 
 
 def test_an_error_while_fetching_ahead_is_logged_and_met_again(proxy, bucket, tmp_path, caplog):
