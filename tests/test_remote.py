@@ -61,9 +61,7 @@ def small_chunks(monkeypatch):
 def s3_server():
     for package in ("s3fs", "moto", "flask", "flask_cors"):
         if importlib.util.find_spec(package) is None:
-            pytest.skip(
-                f"needs a server of S3 and its client, {package} is missing: pip install s3fs 'moto[s3]' flask flask-cors"
-            )
+            pytest.skip(f"needs {package}, which is missing: pip install s3fs 'moto[s3]' flask flask-cors")
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
