@@ -20,6 +20,7 @@ ALLOWED = {
     "data.formats": {"data.folder"},
     "data.shards": {"data.folder", "data.formats"},
     "data.export": {"data.formats", "data.shards"},
+    "data.remote": {"data.folder"},
     "data.stream": {"data.shards"},
     "data.tokenizer": set(),
     "data.prepare": {"data.tokenizer"},
