@@ -1,4 +1,4 @@
-"""Keeping the documents of a packed window apart: positions that start again, and attention that stops with its document.
+"""Keeping the documents of a packed window apart: positions start again, and attention stops, with each document.
 
 A window is cut from a stream of documents, so it may begin inside one and hold several. By default the model reads it
 as one text. With `data.document_mask` each token sees only its own document, as if that stood alone:

@@ -327,7 +327,9 @@ def test_without_it_nothing_changes(data, tmp_path, monkeypatch):
         monkeypatch.setattr(documents, name, refuse)
     monkeypatch.setattr("gpt2_hf.model.modeling_gpt.create_causal_mask", refuse)
     monkeypatch.setattr(
-        GPTForCausalLM, "forward", lambda self, *args, **kwargs: given.append(set(kwargs)) or forward(self, *args, **kwargs)
+        GPTForCausalLM,
+        "forward",
+        lambda self, *args, **kwargs: given.append(set(kwargs)) or forward(self, *args, **kwargs),
     )
     run(recipe(data, tmp_path / "off", document_mask=False))
     train, val = {"shift_labels", "num_items_in_batch"}, {"input_ids", "shift_labels", "use_cache", "reduction"}
