@@ -45,8 +45,8 @@ def document_starts(input_ids: Tensor, eot: int, eot_first: bool) -> Tensor:
 def document_positions(input_ids: Tensor, eot: int, eot_first: bool) -> Tensor:
     """Position ids, (B, T) int64: each token's distance from the first token of its document in this row."""
     places = torch.arange(input_ids.shape[1], device=input_ids.device)
-    starts = document_starts(input_ids, eot, eot_first)
-    return places - torch.where(starts, places, 0).cummax(-1).values
+    document = document_starts(input_ids, eot, eot_first).cumsum(-1)  # (B, T), its number: never falls
+    return places - torch.searchsorted(document, document)  # where that number begins
 
 
 def dense_mask(position_ids: Tensor, dtype: torch.dtype) -> Tensor:

@@ -215,6 +215,21 @@ def test_blocks_are_compiled_once(make_model, attention):
     torch._dynamo.reset()
 
 
+def test_lengths_are_believed_of_flash_attention_only(make_model, monkeypatch):
+    """It needs no mask beside them. Another backend would not read them: there the positions still count."""
+    tokens = windows()
+    lengths = DocumentMask(E, False, "flash_attention_2")(tokens)
+    with torch.no_grad():
+        expected = make_model("sdpa").train()(tokens, position_ids=lengths["position_ids"]).logits
+        assert torch.equal(make_model("sdpa").train()(tokens, **lengths).logits, expected)
+
+        def refuse(*args, **kwargs):
+            raise AssertionError("a mask was made")
+
+        monkeypatch.setattr("gpt2_hf.model.modeling_gpt.create_causal_mask", refuse)
+        torch.testing.assert_close(make_model("flash_attention_2").train()(tokens, **lengths).logits, expected)
+
+
 # The loop
 
 
