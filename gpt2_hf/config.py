@@ -22,6 +22,9 @@ from .model.configuration_gpt import GPTConfig
 
 ConfigT = TypeVar("ConfigT")
 
+# Attention backends that can be told where documents end.
+MASKS_DOCUMENTS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
 
 class ConfigError(ValueError):
     """A setting that cannot work; the message is one line that says what to do."""
@@ -69,10 +72,12 @@ class DataSection:
     Args:
         path: folder that scripts/prepare_data.py made (shards and manifest.json).
         seq_len: tokens per training sample (T); a window holds one more, the last label.
+        document_mask: let tokens see only their own document, from position 0, in training and validation.
     """
 
     path: str = "data/fineweb_edu_10bt"
     seq_len: int = 1024
+    document_mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -224,6 +229,11 @@ class RunConfig:
             raise ConfigError(f"model.dropout must be in [0, 1), is {self.model.dropout}")
         if not 1 <= self.eval.hellaswag_items <= 10_042:
             raise ConfigError(f"eval.hellaswag_items must be 1 to 10042 (all), is {self.eval.hellaswag_items}")
+        if self.data.document_mask and self.model.attn_implementation not in ("auto", *MASKS_DOCUMENTS):
+            raise ConfigError(
+                f"data.document_mask does not work with model.attn_implementation {self.model.attn_implementation}; "
+                f"leave that at auto, or use one of {', '.join(MASKS_DOCUMENTS)}"
+            )
         n_positions = self.model.gpt_config().n_positions
         if self.data.seq_len > n_positions:
             raise ConfigError(

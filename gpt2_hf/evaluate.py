@@ -36,6 +36,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.stream import TokenStream
 from gpt2_hf.data.tokenizer import load_tokenizer, token_byte_lengths
+from gpt2_hf.documents import DocumentMask
 
 if TYPE_CHECKING:
     from gpt2_hf.model import GPTForCausalLM
@@ -51,12 +52,16 @@ BUCKETS = (48, 96, 128, 192, 256, 512, 1024)
 
 
 def _row_losses(
-    model: nn.Module, batches: Iterable[tuple[np.ndarray, np.ndarray]], device: torch.device, autocast: Autocast
+    model: nn.Module,
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    device: torch.device,
+    autocast: Autocast,
+    documents: DocumentMask | None = None,
 ) -> np.ndarray:
     """Negative log-likelihood of each row's labels, in nats and float64, in the order of the batches.
 
     A batch is input_ids and shift_labels, both (B, T). Rows are padded on the right, where causal attention never
-    looks, so there is no mask.
+    looks, so there is no mask but the one that ``documents`` makes.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
     was_training = model.training
@@ -66,10 +71,10 @@ def _row_losses(
         # Not inference_mode: torch.compile would build every graph again for inference tensors.
         with torch.no_grad():
             for input_ids, shift_labels in batches:
-                tensors = {
-                    "input_ids": torch.from_numpy(input_ids).to(device),
-                    "shift_labels": torch.from_numpy(shift_labels).to(device),
-                }
+                on_host = torch.from_numpy(input_ids)
+                tensors = {"input_ids": on_host.to(device), "shift_labels": torch.from_numpy(shift_labels).to(device)}
+                if documents is not None:
+                    tensors |= documents(tensors["input_ids"], on_host)
                 with autocast():
                     loss = model(**tensors, use_cache=False, reduction="none").loss  # (B, T)
                 losses.append(loss.sum(-1, dtype=dtype))
@@ -93,6 +98,7 @@ def validation_loss(
     world_size: int = 1,
     reduce: Reduce | None = None,
     autocast: Autocast = nullcontext,
+    documents: DocumentMask | None = None,
 ) -> dict[str, float]:
     """Mean loss over the first `n_windows` windows of a validation stream; the same on any batch size and rank count.
 
@@ -100,6 +106,7 @@ def validation_loss(
         batch_size: windows per rank and forward call.
         reduce: sums a float64 tensor over the ranks; needed when world_size > 1.
         autocast: makes the context that each forward call runs in.
+        documents: for a model trained with a document mask: then no token sees another document here either.
 
     Returns:
         val_loss, nats per target token, and val_bpb, bits per UTF-8 byte of the targets' text. <|endoftext|> has no
@@ -127,7 +134,7 @@ def validation_loss(
             labels[count:] = IGNORE
             yield input_ids, labels
 
-    totals[0] = _row_losses(model, batches(), device, autocast).sum()
+    totals[0] = _row_losses(model, batches(), device, autocast, documents).sum()
     nats, n_tokens, n_bytes = _sum_over_ranks(totals, device, reduce)
     return {"val_loss": float(nats / n_tokens), "val_bpb": float(nats / math.log(2) / n_bytes)}
 
@@ -330,6 +337,7 @@ def evaluate_folder(
     *,
     n_windows: int | None = None,
     hellaswag_items: int | None = None,
+    document_mask: bool = False,
     tokens_per_batch: int = 16_384,
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
@@ -340,6 +348,7 @@ def evaluate_folder(
         data: prepared data folder whose split "val" gives val_loss and val_bpb; without it there is neither.
         n_windows: validation windows to use, from the first (default: all); each as long as the model's n_positions.
         hellaswag_items: size of the fixed HellaSwag subset (default: all 10,042); 0 leaves HellaSwag out.
+        document_mask: let validation tokens see only their own document, as a run with data.document_mask does.
         tokens_per_batch: tokens of a forward call; lower it if memory runs out.
         device: "auto" takes an accelerator if there is one.
         dtype: what to compute in; "auto" is bfloat16 on CUDA where supported, as in training.
@@ -363,6 +372,10 @@ def evaluate_folder(
                 "evaluate on data made with the model's tokenizer"
             )
         stream = TokenStream(shards, n_positions, seed=0, shuffle=False)
+        documents = None
+        if document_mask:
+            eot_first, attention = getattr(shards, "eot_first", False), model.config._attn_implementation
+            documents = DocumentMask(shards.eot, eot_first, attention, getattr(torch, dtype))
         results |= validation_loss(
             model,
             stream,
@@ -370,6 +383,7 @@ def evaluate_folder(
             batch_size=max(1, tokens_per_batch // n_positions),
             device=where,
             autocast=autocast,
+            documents=documents,
         )
     if hellaswag_items != 0:
         task = HellaSwag(load_hellaswag(hellaswag_items), tokenizer, n_positions=n_positions)

@@ -77,11 +77,13 @@ def _measure_gemm(device: torch.device, dtype: torch.dtype, seconds: float = 0.3
     return 2 * size**3 / best
 
 
-def choose_attention(requested: str, device: torch.device, precision: str, dropout: float) -> tuple[str, str]:
+def choose_attention(
+    requested: str, device: torch.device, precision: str, dropout: float, document_mask: bool = False
+) -> tuple[str, str]:
     """The attention backend to use, and why: ``(name, reason)``.
 
     "auto" takes the newest FlashAttention that is installed and can do the job, on CUDA in half precision; else
-    PyTorch's own fused attention.
+    PyTorch's own fused attention, or, where a document mask would slow that down, FlexAttention.
     """
     if requested != "auto":
         return requested, "asked for"
@@ -94,6 +96,8 @@ def choose_attention(requested: str, device: torch.device, precision: str, dropo
         available = getattr(hf, f"is_flash_attn_{version}_available", None)
         if capability >= needs and (has_dropout or not dropout) and available is not None and available():
             return f"flash_attention_{version}", "the newest FlashAttention installed that fits"
+    if document_mask and not dropout and compile_obstacle(device) is None:
+        return "flex_attention", "skips what the document mask hides; pip install flash-attn would add FlashAttention"
     return "sdpa", "PyTorch's fused attention; pip install flash-attn would add FlashAttention"
 
 

@@ -34,6 +34,7 @@ from .config import ConfigError, RunConfig
 from .data.shards import ShardSet, open_split
 from .data.stream import StepLoader, TokenStream
 from .data.tokenizer import load_tokenizer
+from .documents import DocumentMask
 from .evaluate import HellaSwag, load_hellaswag, validation_loss
 from .generate import sample_text
 from .metrics import RunLog, Throughput, flops_per_token, peak_memory_gb
@@ -78,7 +79,8 @@ def train(config: RunConfig) -> Path:
         saved = checkpoint.load_trainer_state(resume_from, bare_model, bare_optimizers)
         if accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(saved["scaler"])
-    measure = build_measures(config, accelerator, bare_model, tokenizer, val_data)
+    measure = build_measures(config, accelerator, bare_model, tokenizer, val_data, precision)
+    documents = build_document_mask(config, train_data, bare_model, precision)
     throughput = build_throughput(config, accelerator, bare_model, precision)
     log = open_log(config, accelerator, start_step, train_data, precision)
 
@@ -107,7 +109,7 @@ def train(config: RunConfig) -> Path:
         for step, batch in enumerate(batches, start_step + 1):
             lr_share = lr_at(step - 1, total_steps, config.optim)
             set_lr(bare_optimizers, lr_share)
-            loss, grad_norm = train_step(accelerator, model, bare_optimizers, batch, step - 1, config)
+            loss, grad_norm = train_step(accelerator, model, bare_optimizers, batch, step - 1, config, documents)
             log.bar.update()
             saving = is_due(config.checkpoint.save_every, step, total_steps)
             row: dict[str, Any] = {}
@@ -144,6 +146,7 @@ def train_step(
     batch: Tensor,  # (grad_accum_steps, B, T + 1) int64
     step: int,
     config: RunConfig,
+    documents: DocumentMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One update from this rank's share of the global batch; returns its mean loss and the gradient's global norm.
 
@@ -153,14 +156,16 @@ def train_step(
     n_micro_steps, micro_batch_size, _ = batch.shape
     first_sample = (step * accelerator.num_processes + accelerator.process_index) * n_micro_steps * micro_batch_size
     total = torch.zeros((), device=accelerator.device)
-    for micro_step, windows in enumerate(batch):
-        windows = windows.to(accelerator.device, non_blocking=True)
+    for micro_step, on_host in enumerate(batch):
+        windows = on_host.to(accelerator.device, non_blocking=True)
         input_ids, labels = windows[:, :-1], windows[:, 1:]
+        apart = documents(input_ids, on_host[:, :-1]) if documents else {}
         if config.model.dropout:
             seed_dropout(config.train.seed, step, first_sample + micro_step * micro_batch_size)
         is_last = micro_step == n_micro_steps - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
-            loss = model(input_ids, shift_labels=labels, num_items_in_batch=n_micro_steps * labels.numel()).loss
+            n_items = n_micro_steps * labels.numel()
+            loss = model(input_ids, shift_labels=labels, num_items_in_batch=n_items, **apart).loss
             accelerator.backward(loss)
         total = total + loss.detach()
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
@@ -199,6 +204,7 @@ def identity(config: RunConfig, data: ShardSet) -> dict[str, Any]:
         **{f"model.{name}": getattr(config.model.gpt_config(), name) for name in SHAPE},
         "data": data.fingerprint,
         "data.seq_len": config.data.seq_len,
+        "data.document_mask": config.data.document_mask,
         "train.seed": config.train.seed,
         "train.global_batch_tokens": config.train.global_batch_tokens,
         "train.overfit_batch": config.train.overfit_batch,
@@ -213,7 +219,7 @@ def find_start(config: RunConfig, data: ShardSet, state: PartialState) -> tuple[
         found = checkpoint.newest_whole(Path(config.train.run_dir) / "checkpoints")
         if found is None:
             return None, 0
-        saved = checkpoint.read_state(found)
+        saved = {"data.document_mask": False} | checkpoint.read_state(found)  # older checkpoints don't name it
         for name, now in identity(config, data).items():
             if saved.get(name, now) != now:
                 raise ConfigError(
@@ -285,7 +291,7 @@ def build_model(
     """The model, new or from a checkpoint, in fp32 (fp64 when asked for), with its blocks compiled where possible."""
     device = accelerator.device
     attention, why_attention = hardware.choose_attention(
-        config.model.attn_implementation, device, precision, config.model.dropout
+        config.model.attn_implementation, device, precision, config.model.dropout, config.data.document_mask
     )
     dtype = torch.float64 if precision == "fp64" else torch.float32
     if resume_from:
@@ -316,12 +322,23 @@ def build_model(
     return model
 
 
+def build_document_mask(
+    config: RunConfig, data: ShardSet, model: GPTForCausalLM, precision: str
+) -> DocumentMask | None:
+    """What keeps the documents of this split's windows apart; None where the recipe doesn't ask for it."""
+    if not config.data.document_mask:
+        return None
+    eot_first = getattr(data, "eot_first", False)
+    return DocumentMask(data.eot, eot_first, model.config._attn_implementation, DTYPES[precision])
+
+
 def build_measures(
     config: RunConfig,
     accelerator: Accelerator,
     model: GPTForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     val_data: ShardSet | None,
+    precision: str,
 ) -> Callable[[int], dict[str, Any]]:
     """A function that takes, after a given step, the measurements that are due, and returns them as one row."""
     device = accelerator.device
@@ -344,12 +361,14 @@ def build_measures(
         stream = TokenStream(val_data, config.data.seq_len, seed=0, shuffle=False)
         n_windows = max(1, min(stream.n_windows, config.eval.val_tokens // config.data.seq_len))
         batch_size = config.train.micro_batch_size
-        measures.append(
-            (
-                config.eval.val_every,
-                lambda: validation_loss(model, stream, n_windows=n_windows, batch_size=batch_size, **ranks),
+        documents = build_document_mask(config, val_data, model, precision)
+
+        def validate() -> dict[str, Any]:
+            return validation_loss(
+                model, stream, n_windows=n_windows, batch_size=batch_size, documents=documents, **ranks
             )
-        )
+
+        measures.append((config.eval.val_every, validate))
     if config.eval.hellaswag_every:
         items = load_hellaswag(config.eval.hellaswag_items)
         task = HellaSwag(items, tokenizer, n_positions=model.config.n_positions)

@@ -115,6 +115,7 @@ def test_every_knob_is_used_by_a_recipe_or_has_a_stated_reason():
         "compile": "what auto picks can be wrong",
         "tf32": "exactness",
         "deterministic": "exactness",
+        "document_mask": "reproductions pack without it",
         "overfit_batch": "debugging",
         "trackers": "needs an account or a package",
         "sample_prompt": "taste",

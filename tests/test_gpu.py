@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from test_document_mask import BACKENDS, E, split
 from test_train import losses, tiny
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import is_flash_attn_2_available
 
 from gpt2_hf import hardware
+from gpt2_hf.documents import DocumentMask
 from gpt2_hf.metrics import read_rows
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
 from gpt2_hf.train import train
@@ -90,3 +93,106 @@ def test_what_auto_chooses_runs():
         loss = model(tokens[:, :-1], shift_labels=tokens[:, 1:]).loss
     loss.backward()
     assert loss.isfinite(), (name, why)
+
+
+@pytest.fixture(params=BACKENDS)
+def packed(request):
+    """(model, backend, dtype of autocast or None, tokens): windows of 300 tokens, neither a multiple of a block."""
+    if request.param == "flash_attention_2" and not is_flash_attn_2_available():
+        pytest.skip("needs flash-attn")
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 128, "n_positions": 300, "vocab_size": E + 1}
+    model = GPTForCausalLM(GPTConfig(**sizes, **NO_DROPOUT, bos_token_id=E, eos_token_id=E)).cuda()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(1.0 if "ln" in name and name.endswith("weight") else 0.0, 0.1)
+    model.set_attn_implementation(request.param)
+    tokens = torch.randint(1, E, (3, 300))
+    tokens[0, [0, 40, 41, 42, 130, 170, 299]] = E
+    tokens[1, 200] = E  # the third row is one document
+    yield model, request.param, torch.bfloat16 if request.param.startswith("flash") else None, tokens
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("eot_first", [False, True])
+def test_documents_are_apart_on_every_backend(packed, eot_first, compile):
+    """Logits of each document alone, and by gradients: exactly nothing reaches another document."""
+    model, attention, dtype, tokens = packed
+    mask = DocumentMask(E, eot_first, attention, dtype or torch.float32)
+    parts = [split(row, eot_first) for row in tokens.tolist()]
+    on_device = tokens.cuda()
+    tolerance = 2e-2 if dtype else 1e-3  # of the largest; fp32 kernels may use TF32
+
+    def autocast():
+        return torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None)
+
+    model.eval().set_attn_implementation("sdpa")
+    with torch.no_grad(), autocast():
+        alone = [
+            model(on_device[row : row + 1, p.start : p.stop], use_cache=False).logits[0]
+            for row in range(3)
+            for p in parts[row]
+        ]
+    model.set_attn_implementation(attention)
+    if compile:
+        for block in model.transformer.h:
+            block.compile(dynamic=False)
+    apart = mask(on_device, tokens)
+    with torch.no_grad(), autocast():
+        logits = model(on_device, use_cache=False, **apart).logits
+    expected = torch.cat(alone).view_as(logits)
+    assert (logits - expected).abs().max() <= tolerance * expected.abs().max()
+
+    model.train()
+    embeddings = model.transformer.wte(on_device).detach()
+    for row, part in [(0, parts[0][0]), (0, parts[0][2]), (0, parts[0][-1]), (1, parts[1][0]), (2, parts[2][0])]:
+        inside = torch.zeros(tokens.shape, dtype=torch.bool, device="cuda")
+        inside[row, part.start : part.stop] = True
+        x = embeddings.clone().requires_grad_()
+        with autocast():
+            model(inputs_embeds=x, shift_labels=on_device.where(inside, -100), **apart).loss.backward()
+        reach = x.grad.abs().sum(-1)
+        assert (reach[inside] > 0).all() and (reach[~inside] == 0).all()
+
+
+def test_document_masks_neither_recompile_nor_wait(packed):
+    model, attention, dtype, tokens = packed
+    mask = DocumentMask(E, False, attention, dtype or torch.float32)
+    for block in model.train().transformer.h:
+        block.compile(dynamic=False)
+    for number, places in enumerate(([5, 250], [], list(range(0, 300, 50)))):
+        tokens[tokens == E] = 1
+        tokens[:, places] = E
+        on_device = tokens.cuda()
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                apart = mask(on_device, tokens)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            with torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None):
+                model(on_device, shift_labels=on_device, **apart).loss.backward()
+
+
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_loop_learns_with_documents_apart(make_shards, tmp_path, compile):
+    data = make_shards(
+        {"train": [[[(start + 3 * i) % 250 for i in range(12)] for start in range(400)]], "val": [[[1, 4] * 9] * 9]}
+    )
+    config = tiny(
+        data,
+        tmp_path / "run",
+        train__precision="bf16",
+        train__compile=compile,
+        data__document_mask=True,
+        model__vocab_size=None,
+        train__steps=60,
+        eval__val_every=30,
+        optim__lr=1e-2,
+    )
+    train(config)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch._dynamo.reset()
+    found = losses(read_rows(tmp_path / "run" / "metrics.jsonl"))
+    assert found[-1] < found[0] / 2

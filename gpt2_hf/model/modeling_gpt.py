@@ -207,6 +207,8 @@ class GPTModel(GPTPreTrainedModel):
         # A mask is a (T, S) tensor that turns off the fast kernels: build one only when something must be hidden
         # beside the future, or when the backend cannot hide the future by itself.
         plain = attention_mask is None and position_ids is None and past_key_values is None
+        if "cu_seq_lens_q" in kwargs and self.config._attn_implementation.startswith("flash_attention"):
+            plain = attention_mask is None  # it is told where documents end: don't read that from the device again
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             exporting = torch.compiler.is_exporting()  # to compare would fix the longest sequence in the program
@@ -214,7 +216,8 @@ class GPTModel(GPTPreTrainedModel):
                 raise ValueError(f"{seen + x.shape[1]} tokens for a model of {self.config.n_positions} positions")
             position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
         else:
-            kwargs["position_ids"] = position_ids  # FlashAttention finds the documents of a packed row by them
+            # FlashAttention finds the documents of one packed row by them; of several, by cu_seq_lens_q and its like.
+            kwargs["position_ids"] = position_ids
         mask = None
         if not (plain and self.config._attn_implementation in _CAUSAL_WITHOUT_MASK):
             mask = create_causal_mask(self.config, x, attention_mask, past_key_values, position_ids=position_ids)
