@@ -19,6 +19,7 @@ ALLOWED = {
     "data.shards": set(),
     "data.stream": {"data.shards"},
     "data.tokenizer": set(),
+    "data.inspection": {"config", "data.shards", "data.stream", "data.tokenizer"},
     "data.prepare": {"data.tokenizer"},
     "config": {"model.configuration_gpt"},
     "hardware": set(),

@@ -41,8 +41,9 @@ class Repeats:
 
     compared: int
     repeats: int
-    most: int = 0  # times that the most repeated one is there, where that was counted
+    most: int = 0  # times that the most repeated one is there, where there is one and it was counted
     example: str = ""  # its beginning
+    pairs: int = 0  # of equal documents that were drawn independently, not in one run
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,8 @@ def inspect_data(
     if documents < 0 or sample < 1 or seed < 0:
         raise ValueError(f"documents {documents}, sample {sample}, seed {seed}: sample starts at 1, the others at 0")
     manifest = _read_json(Path(path) / "manifest.json")
-    found = _open_splits(path, list(manifest.get("splits") or ()))
-    opened = {shards.split: shards for shards in found if shards.n_tokens}
+    splits, problems = _open_splits(path, list(manifest.get("splits") or ()))
+    opened = {shards.split: shards for shards in splits if shards.n_tokens}
     if not opened or (recipe and "train" not in opened):
         raise ShardError(f"{path} has no tokens{' to train on' if opened else ''}: prepare the data again")
     batch = first_batch(recipe, opened["train"]) if recipe else None
@@ -152,7 +153,7 @@ def inspect_data(
     if {"train", "val"} <= hashes.keys():
         known = set(hashes["train"])
         leaked = Repeats(len(hashes["val"]), sum(digest in known for digest in hashes["val"]))
-    facts = _facts(manifest, _read_json(Path(path) / "report.json"))
+    facts = _facts(manifest, _read_json(Path(path) / "report.json")) | problems
     return Inspection(str(path), facts, figures, leaked, batch)
 
 
@@ -179,7 +180,7 @@ def first_batch(recipe: RunConfig, data: ShardSet) -> FirstBatch:
         epochs=train.steps * train.global_batch_tokens / data.n_tokens,
         eot=data.eot,
         boundaries=int(is_eot.sum()),
-        unbroken=float(1 - is_eot.any(-1).mean()),
+        unbroken=float((~is_eot.any(-1)).mean()),
         labels_shifted=bool((inputs[..., 1:] == labels[..., :-1]).all()),
         sha256=hashlib.sha256(batch.astype("<u2").tobytes()).hexdigest()[:16],
         windows=batch.reshape(-1, seq_len + 1)[:2].tolist(),
@@ -197,6 +198,7 @@ class _Sample:
     ends: np.ndarray  # (n,) int64
     shard: list[Shard]  # of each document
     document: np.ndarray  # (n,) its number in its shard
+    run: np.ndarray  # (n,) equal for documents that were drawn together
 
     @property
     def starts(self) -> np.ndarray:
@@ -219,14 +221,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _open_splits(path: str | Path, names: list[str]) -> list[ShardSet]:
-    if names:
-        return [open_split(path, name) for name in names]
-    found = [open_split(path, "train")]
-    try:
-        return [*found, open_split(path, "val")]
-    except ShardError:  # without a manifest there need not be one
-        return found
+def _open_splits(path: str | Path, names: list[str]) -> tuple[list[ShardSet], dict[str, str]]:
+    """The splits, and what is in the way of those that may be missing, as no manifest lists them."""
+    opened, problems = [], {}
+    for name in names or ("train", "val"):
+        try:
+            opened.append(open_split(path, name))
+        except ShardError as error:
+            if names:
+                raise
+            problems[f"no {name}"] = str(error)
+    if not opened:
+        raise ShardError(problems["no train"])
+    return opened, problems
 
 
 def _survey(shards: ShardSet, rng: np.random.Generator) -> list[tuple[Shard, np.ndarray]]:
@@ -252,15 +259,18 @@ def _draw(surveyed: list[tuple[Shard, np.ndarray]], n: int, rng: np.random.Gener
     runs = [(number, first) for number, (_, ends) in enumerate(surveyed) for first in range(0, len(ends), RUN)]
     chosen = np.arange(len(runs)) if n == n_documents else rng.choice(len(runs), -(-n // RUN), replace=False)
     mapped = [shard.tokens() for shard, _ in surveyed]
-    tokens, lengths, shard_of, document = [], [], [], []
-    for number, first in (runs[i] for i in np.sort(chosen).tolist()):
+    tokens, lengths, shard_of, document, run = [], [], [], [], []
+    for i in np.sort(chosen).tolist():
+        number, first = runs[i]
         shard, all_ends = surveyed[number]
         start, ends = int(all_ends[first - 1]) if first else 0, all_ends[first : first + RUN]
         tokens.append(mapped[number][start : ends[-1]])
         lengths.append(np.diff(ends, prepend=start))
         shard_of += [shard] * len(ends)
         document.append(np.arange(first, first + len(ends)))
-    return _Sample(np.concatenate(tokens), np.concatenate(lengths).cumsum(), shard_of, np.concatenate(document))
+        run.append(np.full(len(ends), i))
+    all_lengths, documents, run_of = (np.concatenate(part) for part in (lengths, document, run))
+    return _Sample(np.concatenate(tokens), all_lengths.cumsum(), shard_of, documents, run_of)
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -283,14 +293,13 @@ def _measure(
 
     counts = np.zeros(2**16, dtype=np.int64)
     for start in range(0, len(sample.tokens), 2**22):  # in pieces, as bincount makes int64 of what it is given
-        counts += np.bincount(sample.tokens[start : start + 2**22], minlength=2**16)
+        block = np.minimum(sample.tokens[start : start + 2**22], 2**16 - 1)  # other projects' files may hold more
+        counts += np.bincount(block, minlength=2**16)
     most_frequent = [token for token in np.argsort(-counts, kind="stable")[:8].tolist() if counts[token]]
     is_eot = sample.tokens == shards.eot
     begins, ends = is_eot[sample.starts], is_eot[sample.ends - 1]
     is_eot[sample.starts] = is_eot[sample.ends - 1] = False
 
-    ((repeated, times),) = Counter(hashes).most_common(1)
-    example = _beginning(sample.tokens_of(hashes.index(repeated)), 200) if times > 1 else ""
     excerpts = np.sort(rng.permutation(len(sample.ends))[:n_excerpts]).tolist()
     return SplitFigures(
         split=shards.split,
@@ -321,18 +330,24 @@ def _measure(
         eot_ends=float(ends.mean()),
         eot_inside=int(is_eot.sum()),
         empty=int((ends & (sample.lengths == 1)).sum()),
-        exact=Repeats(len(hashes), len(hashes) - len(set(hashes)), times if times > 1 else 0, example),
+        exact=_exact_copies(sample, hashes),
         near=_near_copies(sample, rng),
         excerpts=[
-            Excerpt(
-                shard=sample.shard[i].name,
-                document=int(sample.document[i]),
-                n_tokens=len(sample.tokens_of(i)),
-                text=_beginning(sample.tokens_of(i), 600),
-            )
-            for i in excerpts
+            Excerpt(sample.shard[i].name, int(sample.document[i]), len(tokens), _beginning(tokens, 600))
+            for i, tokens in ((i, sample.tokens_of(i)) for i in excerpts)
         ],
     )
+
+
+def _exact_copies(sample: _Sample, hashes: list[bytes]) -> Repeats:
+    times = Counter(hashes)
+    times_in_run = Counter(zip(hashes, sample.run.tolist(), strict=True))
+    in_all, in_runs = (sum(n * (n - 1) // 2 for n in some.values()) for some in (times, times_in_run))
+    ((repeated, most),) = times.most_common(1)
+    if most == 1:
+        return Repeats(len(hashes), 0)
+    example = _beginning(sample.tokens_of(hashes.index(repeated)), 200)
+    return Repeats(len(hashes), len(hashes) - len(times), most, example, in_all - in_runs)
 
 
 def _near_copies(sample: _Sample, rng: np.random.Generator) -> Repeats:
@@ -465,11 +480,10 @@ def render(inspection: Inspection) -> str:
 
 
 def _copies(found: Repeats, figures: SplitFigures) -> str:
-    if not found.compared:
-        return "none compared"
-    share = found.repeats / found.compared
-    error = (share * (1 - share) / found.compared) ** 0.5
-    return f"{found.repeats:,} = {share:.2%}" + (f" +- {error:.2%}" if found.compared < figures.documents else "")
+    share = found.repeats / max(found.compared, 1)
+    if not found.repeats or found.compared == figures.documents:
+        return f"{found.repeats:,} ({share:.2%})" if found.repeats else "none"
+    return f"{found.repeats:,} ({share:.2%} +- {(share * (1 - share) / found.compared) ** 0.5:.2%})"
 
 
 def _where_eot(figures: SplitFigures) -> str:
@@ -502,20 +516,29 @@ _ROWS: tuple[tuple[str, Callable[[SplitFigures], str]], ...] = (
     ("  <|endoftext|>", _where_eot),
     ("  nothing but <|endoftext|>", lambda f: f"{f.empty:,}"),
     ("  exact copies of an earlier one", lambda f: _copies(f.exact, f)),
-    ("documents compared for likeness", lambda f: f"{f.near.compared:,}"),
-    (f"  share {NEAR:.0%} of 5-grams with an earlier", lambda f: _copies(f.near, f)),
+    ("documents compared by 5-grams", lambda f: f"{f.near.compared:,}"),
+    (f"  near copies, Jaccard {NEAR} or more", lambda f: _copies(f.near, f)),
 )
 
 
 def _sampling(splits: list[SplitFigures]) -> list[str]:
+    """What a sample says of all: two documents far apart are both read with the square of the share that is read."""
     remarks = []
     for f in splits:
-        read, compared = f.sampled_documents / f.documents, f.near.compared / f.documents
-        if read < 1:
+        if f.sampled_documents == f.documents and f.near.compared < f.documents:
+            remarks.append(f"{f.split}: near copies were looked for among {f.near.compared:,} documents only.")
+        if f.sampled_documents < f.documents:
+            stands_for = (f.documents / f.sampled_documents) ** 2
+            pairs, error = f.exact.pairs * stands_for, f.exact.pairs**0.5 * stands_for
             remarks.append(
-                f"{f.split}: {read:.2%} of the documents were read, so there are more copies than were found: of two "
-                f"that lie far apart both were read with chance 1 in {read**-2:,.0f}"
-                + (f", and compared for likeness with 1 in {compared**-2:,.0f}." if compared else ".")
+                f"{f.split}: {f.sampled_documents / f.documents:.2%} of the documents were read, and mostly one "
+                "of two copies: there are more copies than were found, "
+                + (
+                    f"about {pairs:,.0f} +- {error:,.0f}"
+                    if pairs
+                    else f"but most likely fewer than {3 * stands_for:,.0f}"
+                )
+                + " pairs of equal documents."
             )
     return remarks
 
