@@ -184,6 +184,14 @@ def test_neighbouring_copies_do_not_count_as_drawn_apart(make_shards):
     assert (figures.exact.repeats, figures.exact.pairs) == (15, 0)
 
 
+def test_a_sample_without_copies_says_how_many_there_may_be(make_shards):
+    root = make_shards({"train": [[[i] for i in range(160)]]})
+    found = inspect_data(root, documents=0, sample=32)
+    assert found.splits[0].sampled_documents == 32
+    assert "20.00% of the documents were read" in render(found)
+    assert "most likely fewer than 75 pairs" in render(found).replace("\n  ", " ")
+
+
 # --- what is read ---
 
 
@@ -248,13 +256,17 @@ def test_a_format_without_an_index_or_a_manifest(monkeypatch, tmp_path):
 
 
 def test_what_is_wrong_is_said(make_shards):
-    root = make_shards({"train": [[[1, EOT, 2], [50300, 3]]]})
+    root = make_shards({"train": [[[1, EOT, 2], [50300, 3], [4]]]})
     text = render(inspect_data(root))
     assert "1 tokens lie outside the vocabulary" in text
     assert "1 <|endoftext|> stand inside a document" in text
     assert "<|50300|>" in text
     tokens = np.fromfile(root / "train/00000.ds", "<u2")
     tokens[-1] = 7
+    tokens.tofile(root / "train/00000.ds")
+    text = render(inspect_data(root))
+    assert "ends 66.67%" in text and "neither ends" not in text  # a file may be cut anywhere
+    tokens[-3] = 7
     tokens.tofile(root / "train/00000.ds")
     assert "neither ends nor begins every document" in render(inspect_data(root))
     one_token = make_shards({"train": [[[], [1]]]}, "one_token")
