@@ -23,6 +23,7 @@ ALLOWED = {
     "data.remote": {"data.folder"},
     "data.stream": {"data.shards"},
     "data.tokenizer": set(),
+    "data.inspection": {"config", "data.shards", "data.stream", "data.tokenizer"},
     "data.prepare": {"data.tokenizer"},
     "documents": set(),
     "config": {"model.configuration_gpt"},
