@@ -19,6 +19,7 @@ ALLOWED = {
     "data.shards": set(),
     "data.stream": {"data.shards"},
     "data.tokenizer": set(),
+    "data.clean": {"data.tokenizer"},
     "data.prepare": {"data.tokenizer"},
     "config": {"model.configuration_gpt"},
     "hardware": set(),
