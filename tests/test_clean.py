@@ -273,6 +273,21 @@ def test_a_long_document_in_pieces_has_the_same_signature(monkeypatch):
     assert (clean._signature(" ".join(text.split()[::-1]), factors, offsets) == whole).mean() < 0.1
 
 
+def test_a_signature_is_the_least_of_each_permutation():
+    text = " ".join(Words(9)(12))
+    ones, zeros = np.ones((1, 112), np.uint64), np.zeros((1, 112), np.uint64)
+    rng = np.random.default_rng(1)
+    factors, offsets = rng.integers(1, 2**61, (2, 1, 112), dtype=np.uint64)
+    windows = [" ".join(text.split()[i : i + 5]) for i in range(8)]
+    shingles = [int(clean._signature(window, ones, zeros)[0]) for window in windows]
+    assert len(set(shingles)) == 8
+    expected = [
+        min(((a | 1) * shingle + b) % 2**32 for shingle in shingles)
+        for a, b in zip(factors[0].tolist(), offsets[0].tolist(), strict=True)
+    ]
+    assert clean._signature(text, factors, offsets).tolist() == expected
+
+
 def test_marks(tmp_path):
     texts = ["", *passages(3, 100)]
     texts += [texts[2], "", texts[1], "another text that is not like any of the others"]
@@ -427,6 +442,7 @@ def test_marks_are_those_of_plain_python(tmp_path, monkeypatch, n, piece):
     monkeypatch.setattr(clean, "_PIECE", piece)
     make, rng = Words(6, vocabulary=40), random.Random(7)
     items = [" ".join(make(rng.choice([2, 7, 8, 9, 12, 13, 14, 30]))) for _ in range(40)]
+    items += ["red blue grey pink " * 4, "red blue grey pink gold teal " * 3]  # half of 8 or 12 words differ
     items += ["0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16", "a b a b a b a b a b a b a b a"]
     evaluation = write_jsonl(tmp_path / f"mine{n}{piece}.jsonl", [{"text": item} for item in items])
     texts = []
@@ -438,6 +454,14 @@ def test_marks_are_those_of_plain_python(tmp_path, monkeypatch, n, piece):
     assert n == 3 or 30 < sum(expected) < 270
     found = mark(MarkContaminated((evaluation,), n), texts)
     assert ["skipped" in document.metadata for document in found] == expected
+
+
+def test_an_ngram_does_not_go_on_in_the_next_text(tmp_path):
+    words = Words(8)(20)
+    first, second, across = " ".join(words[:10]), " ".join(words[10:]), " ".join(words[3:17])
+    for rows, expected in (([first, second], None), ([first, second, across], "contaminated")):
+        evaluation = write_jsonl(tmp_path / f"{len(rows)}.jsonl", [{"text": row} for row in rows])
+        assert mark(MarkContaminated((evaluation,)), [across])[0].metadata.get("skipped") == expected
 
 
 def test_equal_hashes_of_other_words_drop_nothing(tmp_path, monkeypatch):
