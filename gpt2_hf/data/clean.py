@@ -60,32 +60,39 @@ class Stage:
 class _WordHashes(dict[str, bytes]):
     """A piece of text between spaces -> 8 bytes for each word in it (none for "--", two for "don't")."""
 
-    def __init__(self, normalize: Callable[[str], str], hash_function: Callable[[bytes], int]):
+    def __init__(self, normalize: Callable[[str], str], punctuation: str, hash_function: Callable[[bytes], int]):
         super().__init__()
-        self._normalize, self._hash = normalize, hash_function
+        self._normalize, self._punctuation, self._hash = normalize, punctuation, hash_function
 
     def words(self, token: str) -> list[str]:
         return self._normalize(token).split()
 
     def __missing__(self, token: str) -> bytes:
-        # A lone surrogate is refused by the writer; here it must only not stop the run.
-        found = b"".join(
-            self._hash(w.encode("utf-8", "surrogatepass")).to_bytes(8, "little") for w in self.words(token)
-        )
+        # `normalize` is slow, and most tokens need little of it.
+        if token.isascii() and token.isalpha():
+            found = self._hash_all([token.lower()])
+        elif (bare := token.strip(self._punctuation)) != token:
+            found = self[bare]
+        else:
+            found = self._hash_all(self.words(token))
         if len(token) < 64:
             if len(self) >= _CACHED_WORDS:
                 self.clear()
             self[token] = found
         return found
 
+    def _hash_all(self, words: list[str]) -> bytes:
+        # A lone surrogate is refused by the writer; here it must only not stop the run.
+        return b"".join(self._hash(word.encode("utf-8", "surrogatepass")).to_bytes(8, "little") for word in words)
+
 
 @functools.cache
 def _word_hashes() -> _WordHashes:
     """One for the whole process: it is worth most once it is warm."""
     from datatrove.utils.hashing import HashConfig, create_hash_func
-    from datatrove.utils.text import simplify_text
+    from datatrove.utils.text import PUNCTUATION, simplify_text
 
-    return _WordHashes(simplify_text, create_hash_func(HashConfig(precision=64)))
+    return _WordHashes(simplify_text, PUNCTUATION, create_hash_func(HashConfig(precision=64)))
 
 
 def _pieces(text: str) -> Iterator[str]:
