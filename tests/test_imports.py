@@ -24,6 +24,7 @@ ALLOWED = {
     "data.stream": {"data.shards"},
     "data.tokenizer": set(),
     "data.inspection": {"config", "data.shards", "data.stream", "data.tokenizer"},
+    "data.clean": {"data.tokenizer"},
     "data.prepare": {"data.tokenizer"},
     "documents": set(),
     "config": {"model.configuration_gpt"},
