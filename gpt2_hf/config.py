@@ -70,14 +70,21 @@ class DataSection:
     """The tokens.
 
     Args:
-        path: folder that scripts/prepare_data.py made (shards and manifest.json).
+        path: folder that scripts/prepare_data.py made, or token files of llm.c, build-nanogpt, nanoGPT or datatrove, as
+            they are; also in object storage (s3://bucket/folder, or any URL that fsspec knows).
         seq_len: tokens per training sample (T); a window holds one more, the last label.
         document_mask: let tokens see only their own document, from position 0, in training and validation.
+        verify: read all shards before training and compare them with their checksums.
+        cache_dir: where files from object storage are kept (default: gpt2_hf in the Hugging Face cache folder).
+        cache_gb: at most so many 10^9 bytes of them.
     """
 
     path: str = "data/fineweb_edu_10bt"
     seq_len: int = 1024
     document_mask: bool = False
+    verify: bool = False
+    cache_dir: str | None = None
+    cache_gb: float = 50.0
 
 
 @dataclass(frozen=True)

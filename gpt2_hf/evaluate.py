@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from gpt2_hf.data.remote import open_folder
 from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.stream import TokenStream
 from gpt2_hf.data.tokenizer import load_tokenizer, token_byte_lengths
@@ -365,7 +366,7 @@ def evaluate_folder(
     n_positions = model.config.n_positions
     results: dict[str, float] = {}
     if data is not None:
-        shards = open_split(data, "val")
+        shards = open_split(open_folder(data), "val")
         if shards.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"{data} has a vocabulary of {shards.vocab_size}, the model one of {model.config.vocab_size}: "
@@ -374,8 +375,8 @@ def evaluate_folder(
         stream = TokenStream(shards, n_positions, seed=0, shuffle=False)
         documents = None
         if document_mask:
-            eot_first, attention = getattr(shards, "eot_first", False), model.config._attn_implementation
-            documents = DocumentMask(shards.eot, eot_first, attention, getattr(torch, dtype))
+            attention = model.config._attn_implementation
+            documents = DocumentMask(shards.eot, shards.eot_first, attention, getattr(torch, dtype))
         results |= validation_loss(
             model,
             stream,

@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import checkpoint, hardware
 from .config import ConfigError, RunConfig
+from .data.remote import open_folder
 from .data.shards import ShardSet, open_split
 from .data.stream import StepLoader, TokenStream
 from .data.tokenizer import load_tokenizer
@@ -180,8 +181,9 @@ def is_due(every: int, step: int, total_steps: int) -> bool:
 
 def open_data(config: RunConfig) -> tuple[ShardSet, ShardSet | None]:
     """The training and validation splits, checked against the model; no validation split where none is scored."""
-    train_data = open_split(config.data.path, "train")
-    val_data = open_split(config.data.path, "val") if config.eval.val_every else None
+    folder = open_folder(config.data.path, config.data.cache_dir, config.data.cache_gb)
+    train_data = open_split(folder, "train")
+    val_data = open_split(folder, "val") if config.eval.val_every else None
     vocab_size = config.model.gpt_config().vocab_size
     if train_data.vocab_size > vocab_size:
         raise ConfigError(
@@ -195,6 +197,8 @@ def open_data(config: RunConfig) -> tuple[ShardSet, ShardSet | None]:
                 f"data.seq_len + 1 = {config.data.seq_len + 1}; prepare more documents, lower data.seq_len"
                 + (", or train without validation: --eval.val_every 0" if data.split == "val" else "")
             )
+        if data is not None and config.data.verify:
+            data.verify()
     return train_data, val_data
 
 
@@ -328,8 +332,7 @@ def build_document_mask(
     """What keeps the documents of this split's windows apart; None where the recipe doesn't ask for it."""
     if not config.data.document_mask:
         return None
-    eot_first = getattr(data, "eot_first", False)
-    return DocumentMask(data.eot, eot_first, model.config._attn_implementation, DTYPES[precision])
+    return DocumentMask(data.eot, data.eot_first, model.config._attn_implementation, DTYPES[precision])
 
 
 def build_measures(

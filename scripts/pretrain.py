@@ -7,7 +7,7 @@ from gpt2_hf.config import ConfigError, RunConfig, parse_cli
 
 
 def main() -> None:
-    is_main_process = os.environ.get("RANK", "0") == "0"
+    is_main_process = os.environ.get("LOCAL_RANK", "0") == "0"
     config = parse_cli(RunConfig)
     from gpt2_hf.data.shards import ShardError
     from gpt2_hf.train import train

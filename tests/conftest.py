@@ -30,7 +30,7 @@ def make_shards(tmp_path: Path) -> Callable[..., Path]:
             "eot": EOT,
             "config": {},
             "splits": {},
-            "skipped": {},
+            "dropped": {},
         }
         for split, shards in splits.items():
             (root / split).mkdir(parents=True)

@@ -298,7 +298,7 @@ def test_marks(tmp_path):
     step = MarkNearDuplicates(str(tmp_path))
     found = [list(step(read(None, rank, 2), rank, 2)) for rank in range(2)]
     assert [document.text for document in found[0]] == texts[:4]
-    assert [document.text for document in found[1]] == ["", "", "", texts[7]]
+    assert ["skipped" in document.metadata for document in found[1]] == [True, True, True, False]
     marks = [document.metadata for documents in found for document in documents]
     assert marks == [
         *({"skipped": "empty"}, {}, {}, {}),
@@ -390,7 +390,7 @@ def test_every_hellaswag_item_is_found_in_the_middle_of_a_document():
         planted = DISGUISES[number // 2 % 4](f"{context} {endings[number // 8 % 4]}")
         documents.append(f"{around[number % 100]} {planted}\n{around[(number + 1) % 100]}")
     found = mark(MarkContaminated(), documents)
-    assert {(document.metadata["skipped"], document.text) for document in found} == {("contaminated", "")}
+    assert {document.metadata["skipped"] for document in found} == {"contaminated"}
     for document, text in zip(found[::97], documents[::97], strict=True):
         name, words = document.metadata["detail"].split(": ")
         assert name == "hellaswag"

@@ -282,18 +282,18 @@ def test_what_the_manifest_and_the_report_say_is_shown(make_shards):
     manifest = json.loads((root / "manifest.json").read_text())
     manifest |= {
         "source": {"files": 1234},
-        "skipped": {"empty": 77},
+        "dropped": {"empty": 77},
         "config": {"inputs": ["a.txt", "b.txt", "c.txt", "d.txt"], "text_field": "text"},
     }
     (root / "manifest.json").write_text(json.dumps(manifest))
     for report in ("", "[]", "{}", "not JSON"):
         (root / "report.json").write_text(report)
-        assert "dropped" not in inspect_data(root).facts
+        assert inspect_data(root).facts["dropped"] == {"empty": 77}
+    assert "empty 77" in render(inspect_data(root))
     (root / "report.json").write_text(json.dumps({"dropped": {"duplicate": 5000, "eval": {"hellaswag": 3}}}))
     text = render(inspect_data(root))
     for expected in (
         "files 1,234",
-        "empty 77",
         "inputs a.txt b.txt c.txt and 1 more",
         "duplicate 5,000",
         "hellaswag 3",

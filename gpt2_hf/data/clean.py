@@ -251,7 +251,7 @@ class FindDuplicates:
 
 @dataclass(frozen=True)
 class MarkNearDuplicates:
-    """Mark the documents that FindDuplicates names: metadata "skipped" is "near_duplicate", the text is emptied."""
+    """Mark the documents that FindDuplicates names: metadata "skipped" is "near_duplicate"."""
 
     folder: str
 
@@ -265,7 +265,6 @@ class MarkNearDuplicates:
         for number, document in enumerate(data):
             if number in firsts and "skipped" not in document.metadata:
                 task, first = firsts[number]
-                document.text = ""
                 document.metadata |= {"skipped": "near_duplicate", "detail": f"of document {first + 1} of task {task}"}
             yield document
 
@@ -306,8 +305,7 @@ class MarkContaminated:
     Args:
         evaluations: "hellaswag" (shipped), or .jsonl files (also .gz): each line an object, all its strings are text.
         n: words. Items of 8 to n - 1 words must occur whole; shorter ones are not sought.
-        mode: "drop" sets metadata "skipped" to "contaminated" and empties the text; "report" sets "reported" and
-            leaves the text as it is.
+        mode: "drop" sets metadata "skipped" to "contaminated"; "report" sets "reported".
 
     An n-gram counts only if at least half of its words differ: runs such as "0 0 0 0" are in every table of numbers.
     The metadata "detail" names the evaluation and the words.
@@ -325,8 +323,6 @@ class MarkContaminated:
         index = _evaluation_index(self.evaluations, self.n)
         for document in data:
             if "skipped" not in document.metadata and (detail := index.find(document.text)):
-                if self.mode == "drop":
-                    document.text = ""
                 key = "skipped" if self.mode == "drop" else "reported"
                 document.metadata |= {key: "contaminated", "detail": detail}
             yield document

@@ -393,7 +393,7 @@ def _facts(manifest: dict[str, Any], report: dict[str, Any]) -> dict[str, str]:
     config = manifest.get("config") or {}
     names = ("dataset", "name", "revision", "split") if config.get("dataset") else ("inputs",)
     facts: dict[str, Any] = {"prepared from": {name: config[name] for name in names if config.get(name)}}
-    facts |= {"source": manifest.get("source"), "skipped": manifest.get("skipped"), "dropped": report.get("dropped")}
+    facts |= {"source": manifest.get("source"), "dropped": report.get("dropped", manifest.get("dropped"))}
     return {name: _flat(value) for name, value in facts.items() if value}
 
 

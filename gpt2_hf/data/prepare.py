@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .clean import MarkContaminated, MarkNearDuplicates, Stage, minhash_stages
+from .clean import MarkContaminated, MarkNearDuplicates, Stage, describe_evaluations, minhash_stages
 from .export import export_llmc
 from .read import TASK_BYTES, Piece, ReadDocuments, Source, describe, find_files, plan
 from .write import RECORD, Split, WriteShards, WriteTokens, write_json
@@ -132,8 +132,8 @@ class PrepareConfig:
         for name in ("out", "workers", "overwrite", "on_error", "export", "executor"):
             del values[name]
         values = {name: value for name, value in values.items() if not name.startswith("slurm_")}
-        for name in ("inputs", "decontaminate"):
-            values[name] = [Path(item).name for item in values[name]]
+        values["inputs"] = [Path(item).name for item in self.inputs]
+        values["decontaminate"] = describe_evaluations(self.decontaminate, self.decontaminate_ngram)
         values["val_ids"] = list(self.val_ids)
         if self.dataset and Path(self.dataset).is_dir():
             values["dataset"] = Path(self.dataset).name
@@ -184,7 +184,8 @@ def _stages(config: PrepareConfig, facts: dict[str, Any], source: Source, tasks:
         stages += minhash_stages(read, str(parts / "minhash"), len(tasks))
         steps.append(MarkNearDuplicates(str(parts / "minhash")))
     if config.decontaminate:
-        steps.append(MarkContaminated(config.decontaminate, config.decontaminate_ngram, config.contaminated))
+        evaluations = tuple(str(Path(e).absolute()) if Path(e).exists() else e for e in config.decontaminate)
+        steps.append(MarkContaminated(evaluations, config.decontaminate_ngram, config.contaminated))
     steps.append(WriteTokens(str(parts), config.val_ids, config.on_error == "stop"))
     split = Split(
         config.val_fraction, config.val_documents, config.val_ids, config.tokens_per_shard, config.dedup != "none"

@@ -26,6 +26,7 @@ slice of those: no sample depends on how many ranks there are.
 
 import queue
 import threading
+import time
 import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -308,7 +309,8 @@ class StepLoader(Iterator[torch.Tensor]):
 
 def _stop_thread(thread: threading.Thread, stop: threading.Event, ready: queue.Queue) -> None:
     stop.set()
-    while thread.is_alive() and thread is not threading.current_thread():
+    deadline = time.monotonic() + 2  # it may be waiting for a storage that does not answer; it is a daemon
+    while thread.is_alive() and thread is not threading.current_thread() and time.monotonic() < deadline:
         with ready.mutex:  # make room, so that a thread waiting to put sees `stop`
             ready.queue.clear()
             ready.not_full.notify_all()
