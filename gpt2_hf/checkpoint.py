@@ -30,6 +30,19 @@ from torch.optim import Optimizer
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state"
+# Beside the weights and a README.md, all that a gpt2 folder has had since 2019.
+STOCK_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -61,6 +74,11 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def is_stock(name: str) -> bool:
+    """Whether a file of this name directly in a gpt2 folder is part of the model as transformers saves it."""
+    return name in STOCK_FILES or _WEIGHTS.fullmatch(name) is not None
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with a folder made by ``write_folder``, or None when every file is as it was written."""
     try:
@@ -79,10 +97,13 @@ def damage(folder: Path) -> str | None:
 
 
 def same_weights(a: Path, b: Path) -> bool:
-    """Whether two whole folders hold the same weights, by their manifests."""
-    first, second = (json.loads((folder / MANIFEST).read_text()) for folder in (a, b))
+    """Whether two folders were written with the same weights, by their manifests; not when one cannot be read."""
+    try:
+        first, second = (json.loads((folder / MANIFEST).read_text()) for folder in (a, b))
+    except (OSError, ValueError):
+        return False
     names = {name for name in (first | second) if name.endswith(".safetensors")}
-    return all(first.get(name) == second.get(name) for name in names)
+    return bool(names) and all(first.get(name) == second.get(name) for name in names)
 
 
 def saved_steps(root: Path) -> dict[int, Path]:
@@ -98,6 +119,44 @@ def newest_whole(root: Path, warn: Callable[[str], None] = print) -> Path | None
             return path
         warn(f"checkpoint {path} is damaged and not used: {problem}")
     return None
+
+
+def final_problem(run: Path, newest: Path | None) -> str | None:
+    """Why ``RUN/final`` is not the model that the run has come to, or None when it is.
+
+    Args:
+        newest: the run's newest whole checkpoint; None where none was kept. A run that was trained on after its end
+            has checkpoints that are newer than ``final``.
+    """
+    final = run / "final"
+    if not final.is_dir():
+        return "final is not there"
+    if problem := damage(final):
+        return f"final is damaged: {problem}"
+    if newest is not None and not same_weights(newest, final):
+        return f"final has other weights than {newest.name}"
+    return None
+
+
+def find_model(folder: Path, say: Callable[[str], None] = print) -> Path:
+    """The gpt2 folder meant by ``folder``: itself, or of a run the model that it has come to.
+
+    That is ``final``, or the newest whole checkpoint where ``final`` is missing, damaged or older; ``say`` hears which.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    if (folder / "config.json").is_file():
+        return folder
+    newest = newest_whole(folder / "checkpoints", say)
+    problem = final_problem(folder, newest)
+    found = newest if problem else folder / "final"
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds no model: no config.json, no whole checkpoint, and {problem}")
+    say(f"{folder} is a run: taking {found}" + (f", as {problem}" if problem else ""))
+    return found
 
 
 def prune(root: Path, keep_last: int, keep_every: int) -> None:

@@ -13,6 +13,7 @@ Letters: L layers, T positions, C channels, V vocabulary, P vocabulary with padd
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pickle
@@ -23,9 +24,10 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from gpt2_hf.checkpoint import write_folder
+from gpt2_hf.checkpoint import MANIFEST, find_model, is_stock, write_folder
 from gpt2_hf.data.tokenizer import EOT, VOCAB_SIZE, load_tokenizer
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
 
@@ -63,7 +65,8 @@ def convert(
     """Read a checkpoint, whatever its format, write it in another, and print what was read, changed and written.
 
     Args:
-        source: .pt of nanoGPT or build-nanogpt, .bin of llm.c (told by content, not by name), gpt2 folder or hub id.
+        source: .pt of nanoGPT or build-nanogpt, .bin of llm.c (told by content, not by name), a run, gpt2 folder or
+            hub id.
         output: a folder for gpt2, a file for the others.
         to: format to write; a file becomes a gpt2 folder when nothing is said.
         dtype: of the weights written.
@@ -73,15 +76,28 @@ def convert(
         overwrite: replace an output of the same kind.
 
     Raises:
-        ConversionError: when the source cannot be read or the target cannot hold it; the output is untouched.
+        ConversionError: when the source cannot be read, the target cannot hold it or the output cannot be written; an
+            output that was there is untouched.
     """
-    source, output = str(source), Path(output)
+    source, output = str(source), Path(output).resolve()
     is_file = Path(source).is_file()
     to = to or ("gpt2" if is_file else None)
     if to is None or (to == "gpt2" and not is_file):
-        raise ConversionError(f"{source} is no file; a gpt2 folder is converted --to nanogpt, build-nanogpt or llmc")
+        targets = "--to nanogpt, build-nanogpt or llmc"
+        if Path(source).is_dir():
+            raise ConversionError(f"{source} is a folder: say what to make of it, {targets}")
+        raise ConversionError(f"no such file: {source} (a model of the Hub is converted {targets})")
+    if Path(source).is_dir():
+        try:
+            source = str(find_model(Path(source)))
+        except FileNotFoundError as error:
+            raise ConversionError(f"{source} is no file, no run and no gpt2 folder: {error}") from None
     _check_output(source, output, to == "gpt2", overwrite)
     weights, settings = _read_file(source) if is_file else _read_folder(source)
+    if HEAD in weights and torch.equal(weights[HEAD], weights[TOKENS]):
+        del weights[HEAD]
+    elif HEAD in weights:
+        print("  head: not tied to the embedding, kept as a matrix of its own")
     if n_head is not None and settings["n_head"] not in (None, n_head):
         raise ConversionError(
             f"{source} has {settings['n_head']} heads by its own account: leave out --n_head {n_head}"
@@ -92,17 +108,20 @@ def convert(
         raise ConversionError(f"{source} cannot be written as {to}: {why}")
     shape = f"{c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads, {c.n_positions} positions, {c.vocab_size:,} tokens"
     print(f"  {shape}\n  {sum(map(torch.numel, weights.values())):,} parameters, activation {c.activation_function}")
-    weights = {name: weight.to(getattr(torch, dtype)).contiguous() for name, weight in weights.items()}
-    usage = {"gpt2": _write_gpt2, "llmc": _write_llmc}.get(to, _write_pt)(weights, c, output, to)
+    weights = {name: _as_dtype(source, name, weight, getattr(torch, dtype)) for name, weight in weights.items()}
+    try:
+        usage = {"gpt2": _write_gpt2, "llmc": _write_llmc}.get(to, _write_pt)(weights, c, output, to)
+    except (OSError, RuntimeError, SafetensorError) as error:  # safetensors and torch.save have their own
+        raise ConversionError(f"{output} cannot be written, is there room on the disk? ({_line(error)})") from error
     print(f"{output}: written as {to} in {dtype}; load it with\n  {usage}")
 
 
 def why_not(config: GPTConfig, to: Target) -> str | None:
     """Why a format cannot hold a model of this configuration; None when it can."""
-    act, own, other = config.activation_function, "gelu_new", "nanogpt"
-    if to == "nanogpt":
-        own, other = "gelu", "build-nanogpt"
-    advice = f": --to {other} keeps it, --activation {own} accepts slightly different outputs" if "gelu" in act else ""
+    act = config.activation_function
+    own, other, others = ("gelu", "build-nanogpt", TANH_GELU) if to == "nanogpt" else ("gelu_new", "nanogpt", ("gelu",))
+    keeps = f"--to {other} keeps it, " if act in others else ""
+    advice = f": {keeps}--activation {own} accepts slightly different outputs" if "gelu" in act else ""
     scaled = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
     limits = {
         "its head is not tied to the embedding": not config.tie_word_embeddings,
@@ -130,12 +149,33 @@ def transposed(weights: Weights) -> Weights:
     return {name: weight.t().contiguous() if is_matrix[name] else weight for name, weight in weights.items()}
 
 
-def _read_file(path: str) -> tuple[Weights, Settings]:
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _as_dtype(path: str, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if not weight.is_floating_point():
+        raise ConversionError(f"{path} has {name} in {weight.dtype}, which is no weight's: give a file of plain floats")
+    weight = weight.to(dtype).contiguous()
+    if not weight.isfinite().all():
+        raise ConversionError(f"{path} has NaN or infinite values in {name} ({dtype}): give an earlier checkpoint")
+    return weight
+
+
+def _start(path: str | Path) -> tuple[Literal["pt", "llmc"] | None, bytes]:
+    """What a file begins like, and its first kilobyte."""
     with open(path, "rb") as file:
         start = file.read(4 * LLMC_HEADER)
-    if start[:2] == b"PK":  # PyTorch's files are zip archives
+    if start[:2] == b"PK" and b"data.pkl" in start:  # PyTorch's zip archives have their pickle first
+        return "pt", start
+    return "llmc" if int.from_bytes(start[:4], "little") == LLMC_MAGIC else None, start
+
+
+def _read_file(path: str) -> tuple[Weights, Settings]:
+    kind, start = _start(path)
+    if kind == "pt":
         return _read_pt(path, _load_pickle(path))
-    if int.from_bytes(start[:4], "little") == LLMC_MAGIC:
+    if kind == "llmc":
         return _read_llmc(path, start)
     formats = "a .pt of nanoGPT or build-nanogpt, nor a model_*.bin of llm.c"
     raise ConversionError(f"{path} is neither {formats}: it starts with {start[:4]!r}; give one of those")
@@ -157,12 +197,11 @@ def _load_pickle(path: str) -> Any:
         what = f"objects that could run foreign code ({', '.join(sorted(classes))}), so it is not loaded"
         raise ConversionError(f"{path} holds {what}: save it again with 'model' and 'model_args' only") from None
     except Exception as error:  # what a damaged pickle raises is anybody's guess
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConversionError(f"{path} is cut off or damaged, copy it again ({why})") from None
+        raise ConversionError(f"{path} is cut off or damaged, copy it again ({_line(error)})") from None
 
 
 def _read_pt(path: str, saved: Any) -> tuple[Weights, Settings]:
-    saved = saved if isinstance(saved, dict) else {}
+    saved = {str(name): value for name, value in saved.items()} if isinstance(saved, dict) else {}
     config = saved.get("model_args", saved.get("config"))
     args = vars(config) if isinstance(config, _ForeignConfig) else config if isinstance(config, dict) else {}
     origin, activation = "of unknown origin", None
@@ -174,6 +213,7 @@ def _read_pt(path: str, saved: Any) -> tuple[Weights, Settings]:
 
     state, weights = saved.get("model", saved), Weights()
     for name, weight in state.items() if isinstance(state, dict) else ():
+        name = str(name)
         while name.startswith(("_orig_mod.", "module.")):  # left by torch.compile and by DDP
             name = name.split(".", 1)[1]
         if not name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks, which some versions keep as buffers
@@ -182,12 +222,12 @@ def _read_pt(path: str, saved: Any) -> tuple[Weights, Settings]:
         raise ConversionError(f"{path} holds no GPT-2's weights (but {', '.join(saved)[:200]}): give a checkpoint")
     sizes = {"n_layer": sum(name.endswith(".ln_1.weight") for name in weights), "block_size": len(weights[POSITIONS])}
     sizes |= {"n_embd": weights[TOKENS].shape[1], "vocab_size": len(weights[TOKENS])}
+    for name in (*sizes, "n_head"):
+        if args.get(name) is not None and (type(args[name]) is not int or args[name] < 1):
+            raise ConversionError(f"{path} says that its {name} is {args[name]!r}: see the code that wrote it")
     expected = linear_shapes(*(args.get(name) or size for name, size in sizes.items()))
-    if HEAD in weights and torch.equal(weights[HEAD], weights[TOKENS]):
-        del weights[HEAD]
-    elif HEAD in weights:
+    if HEAD in weights:
         expected[HEAD] = expected[TOKENS]
-        print("  head: not tied to the embedding, kept as a matrix of its own")
     if not any(name.endswith(".bias") for name in weights):
         weights |= {name: torch.zeros(shape) for name, shape in expected.items() if name.endswith(".bias")}
         print("  biases: the model has none, written as zeros")
@@ -203,7 +243,7 @@ def _read_pt(path: str, saved: Any) -> tuple[Weights, Settings]:
         print("  optimizer state: left out")
     rows = VOCAB_SIZE if len(weights[TOKENS]) == PADDED_VOCAB else len(weights[TOKENS])
     settings = {"n_head": args.get("n_head"), "activation_function": activation, "vocab_size": rows}
-    return weights, settings | dict.fromkeys(DROPOUTS, args.get("dropout", 0.0))
+    return weights, settings | dict.fromkeys(DROPOUTS, args.get("dropout") or 0.0)
 
 
 def _read_llmc(path: str, start: bytes) -> tuple[Weights, Settings]:
@@ -230,12 +270,9 @@ def _read_folder(path: str) -> tuple[Weights, Settings]:
     try:
         model = GPTForCausalLM.from_pretrained(path, dtype="auto")
     except (OSError, ValueError) as error:
-        raise ConversionError(f"{path} is no file and no gpt2 folder: {str(error).strip().splitlines()[0]}") from None
+        raise ConversionError(f"{path} is no file and no gpt2 folder: {_line(error)}") from None
     print(f"{path}: gpt2, {str(model.dtype).removeprefix('torch.')}")
-    weights = transposed(model.state_dict())
-    if model.config.tie_word_embeddings:
-        del weights[HEAD]
-    return weights, model.config.to_dict()
+    return transposed(model.state_dict()), model.config.to_dict()
 
 
 def _settle(path: str, weights: Weights, settings: Settings) -> GPTConfig:
@@ -259,18 +296,41 @@ def _settle(path: str, weights: Weights, settings: Settings) -> GPTConfig:
     settings |= {"n_positions": len(weights[POSITIONS]), "n_embd": C, "tie_word_embeddings": HEAD not in weights}
     settings |= {"n_layer": sum(name.endswith(".ln_1.weight") for name in weights)}
     settings |= {"bos_token_id": None, "eos_token_id": None} if rows <= EOT else {}
-    return GPTConfig.from_dict(settings)
+    try:
+        return GPTConfig.from_dict(settings)
+    except ValueError as error:
+        raise ConversionError(f"{path} has settings that no GPT-2 has: {error}") from None
 
 
 def _check_output(source: str, output: Path, is_folder: bool, overwrite: bool) -> None:
+    """Refuse an output that would take the source, or anything but a model of the same kind, away."""
+    here = Path(source).resolve()
+    if here.exists() and (here.is_relative_to(output) or output.is_relative_to(here)):
+        raise ConversionError(f"{output} and the source {here} lie in each other: name another output")
+    if is_folder and Path.cwd().is_relative_to(output):
+        raise ConversionError(f"{output} is the folder you are in, which would be replaced: name a new one")
     if not output.exists() or (is_folder and output.is_dir() and not any(output.iterdir())):
         return
-    # To replace a folder is to delete all that is in it.
-    if output.is_dir() != is_folder or (is_folder and not (output / "config.json").is_file()):
-        what = "no gpt2 folder" if is_folder else "a folder, not a file"
-        raise ConversionError(f"{output} is there and is {what}: name another output")
-    if not overwrite or (os.path.exists(source) and os.path.samefile(source, output)):
+    if is_folder:
+        foreign = _foreign(output)
+    else:
+        foreign = None if output.is_file() and _start(output)[0] else "neither a .pt nor an llm.c file"
+    if foreign:
+        raise ConversionError(f"{output} is there and is {foreign}, so it is not replaced: name another output")
+    if not overwrite:
         raise ConversionError(f"{output} is there already: name another output, or add --overwrite to replace it")
+
+
+def _foreign(folder: Path) -> str | None:
+    """What makes a folder, all of which would be deleted, other than a gpt2 folder and nothing else."""
+    try:
+        is_gpt2 = json.loads((folder / "config.json").read_text())["model_type"] == "gpt2"
+    except (OSError, ValueError, LookupError, TypeError):
+        is_gpt2 = False
+    if not is_gpt2:
+        return "no gpt2 folder"
+    others = sorted(p.name for p in folder.iterdir() if not (p.is_file() and (is_stock(p.name) or p.name == MANIFEST)))
+    return f"a gpt2 folder with {others[0]} in it" if others else None
 
 
 def _write_gpt2(weights: Weights, config: GPTConfig, output: Path, to: Target) -> str:
@@ -286,7 +346,7 @@ def _write_gpt2(weights: Weights, config: GPTConfig, output: Path, to: Target) -
 
     write_folder(output, write)
     if config.vocab_size != VOCAB_SIZE:
-        print(f"  tokenizer: none added, as the vocabulary is not GPT-2's of {VOCAB_SIZE:,}")
+        print(f"  tokenizer: none, as the vocabulary is not GPT-2's of {VOCAB_SIZE:,}: add its own before publishing")
     return f'transformers.AutoModelForCausalLM.from_pretrained("{output}")'
 
 

@@ -4,51 +4,33 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import newest_whole
+from .checkpoint import STOCK_FILES, find_model, is_stock, same_weights, saved_steps
 from .metrics import read_rows
 from .model.hub import AUTO_MAP, code_files
-from .verify import INDEX, WEIGHTS, Folder, check_folders, weight_files
-
-STOCK_FILES = (
-    "README.md",
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+from .verify import INDEX, WEIGHTS, Folder, check_folders, link, sha256, weight_files
 
 
 class PublishError(ValueError):
     """Why a folder cannot be checked or published, in one line."""
 
 
-def find_model(folder: Path) -> Path:
-    """The checkpoint folder meant by ``folder``: itself, or of a run its ``final``, else its newest whole checkpoint.
-
-    Raises:
-        PublishError: when there is none.
-    """
-    if not folder.is_dir():
-        raise PublishError(f"no folder {folder}")
-    for path in (folder, folder / "final"):
-        if (path / "config.json").is_file():
-            return path
-    found = newest_whole(folder / "checkpoints")
-    if found is None:
-        raise PublishError(f"{folder} has no config.json and is no run with a final/ or a whole checkpoint")
-    return found
+def steps_trained(path: Path) -> float | None:
+    """The last step whose figures in metrics.jsonl are those of a run's folder; None where nobody knows."""
+    if path.parent.name == "checkpoints":
+        return next((step for step, folder in saved_steps(path.parent).items() if folder == path), None)
+    if path.name != "final":  # perhaps another model's
+        return None
+    kept = saved_steps(path.parent / "checkpoints")
+    same = [step for step, folder in kept.items() if same_weights(folder, path)]
+    return max(same, default=None if kept else math.inf)
 
 
 def model_card(path: Path, repo: str, license: str | None, with_code: bool) -> str:
@@ -56,11 +38,9 @@ def model_card(path: Path, repo: str, license: str | None, with_code: bool) -> s
     folder = Folder(path)
     c = folder.stock_config
     n_parameters = sum(math.prod(folder.shapes[name]) for name in folder.names.values())
-    step = int(m[1]) if (m := re.fullmatch(r"step-(\d+)", path.name)) else math.inf
-    of_checkpoint = path.parent.name == "checkpoints"
-    run = path.parent.parent if of_checkpoint else path.parent
-    known = of_checkpoint or path.name == "final"  # another folder's figures may be another model's
-    rows = [row for row in read_rows(run / "metrics.jsonl") if row["step"] <= step] if known else []
+    path = path.resolve()
+    step, run = steps_trained(path), path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    rows = [row for row in read_rows(run / "metrics.jsonl") if row["step"] <= step] if step is not None else []
     latest: dict[str, Any] = {key: value for row in rows for key, value in row.items()}
     measures = {
         "val_loss": "validation loss (nats per token, held-out part of the training data)",
@@ -95,33 +75,26 @@ def model_card(path: Path, repo: str, license: str | None, with_code: bool) -> s
     return "\n".join(lines) + "\n"
 
 
-def stage(path: Path, target: Path, card: str | None, with_code: bool) -> list[str]:
-    """Lay out in ``target`` what would be published of a checkpoint; returns the names of the files to upload.
+def stage(path: Path, target: Path, card: str | None, with_code: bool) -> None:
+    """Lay out in ``target`` what would be published of a checkpoint, and nothing else.
 
-    All of ``path``'s files are linked, so that the check sees what the folder's owner has; ``config.json`` gets or
-    loses its ``auto_map``.
+    Files are linked; ``config.json`` gets or loses its ``auto_map``.
     """
-    code = code_files() if with_code else []
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     old_map = config.pop("auto_map", None)
     if with_code:
         config["auto_map"] = AUTO_MAP
+        for file in code_files():
+            shutil.copyfile(file, target / file.name)
     if config.get("auto_map") != old_map:
         (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for file in code:
-        shutil.copyfile(file, target / file.name)
     if card is not None:
         (target / "README.md").write_text(card, encoding="utf-8")
+    weights = {file.name for file in weight_files(path)}
+    wanted = {"README.md", *STOCK_FILES, *weights, *([] if WEIGHTS in weights else [INDEX])}
     for file in path.iterdir():
-        if file.is_file() and not (target / file.name).exists():
-            try:
-                (target / file.name).symlink_to(file.resolve())
-            except OSError:  # Windows asks for a privilege
-                shutil.copyfile(file, target / file.name)
-    wanted = {*STOCK_FILES, INDEX, *(file.name for file in code)}
-    names = {file.name for file in target.iterdir()} & wanted
-    weights = {file.name for file in weight_files(target)}
-    return sorted((names if WEIGHTS not in weights else names - {INDEX}) | weights)
+        if file.is_file() and file.name in wanted and not (target / file.name).exists():
+            link(file, target / file.name)
 
 
 @contextmanager
@@ -152,14 +125,29 @@ def hub_errors(repo: str) -> Iterator[None]:
         raise PublishError(f"the Hub cannot be reached ({error}); the folder is unchanged, try again") from None
 
 
-def log_in_name() -> str:
-    """The account that the Hub knows us by."""
+@dataclass(frozen=True)
+class Repository:
+    """A repository as it is before the upload."""
+
+    name: str
+    files: frozenset[str] = frozenset()
+    is_public: bool = False  # and there: a new one is neither yet
+
+
+def look_up(repo: str) -> Repository:
+    """Ask the Hub, as who we are logged in to it, for a repository; one without an owner is ours."""
     from huggingface_hub import HfApi, is_offline_mode
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
     if is_offline_mode():
         raise OfflineModeIsEnabled
-    return HfApi().whoami()["name"]
+    user = HfApi().whoami()["name"]
+    repo = repo if "/" in repo else f"{user}/{repo}"
+    try:
+        found = HfApi().model_info(repo)
+    except RepositoryNotFoundError:
+        return Repository(repo)
+    return Repository(repo, frozenset(file.rfilename for file in found.siblings or ()), not found.private)
 
 
 def publish(
@@ -179,8 +167,9 @@ def publish(
         repo: name on the Hub, "me/my-gpt2"; none to check only.
         check: check only, whatever else is asked for.
         with_code: publish our model code too, so that trust_remote_code=True loads it.
-        private: make a new repository private.
-        license: the Hub's name of a licence, for the model card that is written when there is no README.md.
+        private: make a new repository private; one that is there and public is refused.
+        license: the Hub's name of a licence, for the model card that is written when there is no README.md, neither in
+            the folder nor in the repository.
         dry_run: check, and list what would be uploaded; the Hub is not asked.
 
     Returns:
@@ -193,29 +182,29 @@ def publish(
     from huggingface_hub.utils import validate_repo_id
 
     path = find_model(Path(folder))
-    if path != Path(folder):
-        print(f"{folder} is a run: taking {path}")
     check = check or repo is None
-    if license and (path / "README.md").is_file():
-        raise PublishError(f"{path / 'README.md'} is there: write `license: {license}` into its header instead")
-    if repo is not None and not check:
-        with hub_errors(repo):
-            validate_repo_id(repo)
-            if not dry_run:
-                name = log_in_name()
-                repo = repo if "/" in repo else f"{name}/{repo}"
+    remote = Repository(repo or "")
+    if not check:
+        with hub_errors(remote.name):
+            validate_repo_id(remote.name)
+            remote = remote if dry_run else look_up(remote.name)
+        if private and remote.is_public:
+            raise PublishError(f"{remote.name} is there and public: make it private in its settings on the Hub first")
+    card_at = f"the README.md of {remote.name}" if "README.md" in remote.files else None
+    card_at = str(path / "README.md") if (path / "README.md").is_file() else card_at
+    if license and card_at:
+        raise PublishError(f"{card_at} is there: write `license: {license}` into its header instead")
 
     with tempfile.TemporaryDirectory() as temporary:
-        staged, uploads, problem = path, [], None
+        staged, problem = path, None
         if not check:
-            assert repo is not None
             staged = Path(temporary)
             try:
-                card = None if (path / "README.md").is_file() else model_card(path, repo, license, with_code)
-                uploads = stage(path, staged, card, with_code)
+                stage(path, staged, None if card_at else model_card(path, remote.name, license, with_code), with_code)
             except Exception as error:  # such a folder fails a check, which says better why
                 staged, problem = path, error
-        results = check_folders([staged], lambda _, result: print(result, flush=True))[staged]
+        known_code = {file.name: sha256(file) for file in code_files()}
+        results = check_folders([staged], lambda _, result: print(result, flush=True), known_code)[staged]
         failed = [result.check for result in results if result.status == "FAILED"]
         if failed:
             consequence = "" if check else "; nothing is published"
@@ -226,20 +215,23 @@ def publish(
             return True
         if problem is not None:
             raise PublishError(f"{path} cannot be prepared for upload: {problem}")
-        print(f"{'would upload' if dry_run else 'uploading'} to {repo}:")
-        for file in uploads:
-            print(f"  {(staged / file).stat().st_size:>15,} bytes  {file}")
+        uploads = sorted(file.name for file in staged.iterdir())
+        print(f"{'would upload' if dry_run else 'uploading'} to {remote.name}:")
+        for name in uploads:
+            print(f"  {(staged / name).stat().st_size:>15,} bytes  {name}")
+        if left_out := sorted(f.name + "/" * f.is_dir() for f in path.iterdir() if f.name not in uploads):
+            print(f"left out: {', '.join(left_out)}")
+        if "README.md" in remote.files and "README.md" not in uploads:
+            print(f"{card_at} stays as it is")
         if not dry_run:
-            assert repo is not None
-            with hub_errors(repo):
-                old_code = [] if with_code else [file.name for file in code_files()]
-                url = HfApi().create_repo(repo, private=private or None, exist_ok=True)
+            # What an earlier upload left would be read beside these files, or instead of them.
+            stale = {name for name in remote.files if is_stock(name) or name in known_code} - set(uploads)
+            with hub_errors(remote.name):
+                url = HfApi().create_repo(remote.name, private=private or None, exist_ok=True)
                 HfApi().upload_folder(
                     repo_id=url.repo_id,
                     folder_path=staged,
-                    allow_patterns=uploads,
-                    # Weights of an earlier upload could be read instead of these; code would stay behind unasked.
-                    delete_patterns=["model*.safetensors", INDEX, *old_code],
+                    delete_patterns=sorted(stale),
                     commit_message="Upload GPT-2",
                 )
             print(url)

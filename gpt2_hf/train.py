@@ -246,10 +246,7 @@ def find_start(config: RunConfig, data: ShardSet, state: PartialState) -> tuple[
 
 def is_finished(run_dir: Path, newest: Path | None, has_all_steps: bool) -> bool:
     """Whether ``final`` is what the run would end with: the newest checkpoint's weights, or all that was kept."""
-    final = run_dir / "final"
-    if not final.is_dir() or checkpoint.damage(final) is not None:
-        return False
-    return newest is None or (has_all_steps and checkpoint.same_weights(newest, final))
+    return checkpoint.final_problem(run_dir, newest) is None and (newest is None or has_all_steps)
 
 
 def set_precision(config: RunConfig, device: torch.device) -> str:

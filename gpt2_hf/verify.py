@@ -7,14 +7,16 @@ Letters: T positions, C channels, H heads, D head size, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -68,10 +70,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 class Folder:
-    """A checkpoint folder as files, and as what stock transformers makes of it; everything is read when first used."""
+    """A checkpoint folder as files, and as what stock transformers makes of it; everything is read when first used.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Args:
+        known_code: name and sha256 of the Python files that may be run when they lie there.
+    """
+
+    def __init__(self, path: Path, known_code: Mapping[str, str] | None = None):
+        self.path, self.known_code = path, known_code or {}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -135,7 +141,7 @@ class Folder:
             raise CheckFailed("not tried: config.json is not that of a gpt2")
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.path, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                self.path, dtype=torch.float32, local_files_only=True, output_loading_info=True, trust_remote_code=False
             )
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
@@ -300,7 +306,7 @@ def check_logits(f: Folder) -> str:
 def check_tokenizer(f: Folder) -> str:
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(f.path, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(f.path, local_files_only=True, trust_remote_code=False)
     rows, size, eos = f.stock_config.vocab_size, len(tokenizer), tokenizer.eos_token_id
     if size <= 1:
         raise CheckFailed("no tokenizer: there is no tokenizer.json, and no vocab.json with merges.txt")
@@ -342,14 +348,24 @@ def check_generation(f: Folder) -> str:
 
 
 def check_code(f: Folder) -> str:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        f.path, dtype=torch.float32, local_files_only=True, trust_remote_code=True
-    )
+    foreign = [path.name for path in f.path.glob("*.py") if f.known_code.get(path.name) != sha256(path)]
+    # A class is named as module.Class, or as repository--module.Class of another repository.
+    foreign += [named for named in f.config["auto_map"].values() if f"{named.split('.')[0]}.py" not in f.known_code]
+    if foreign:
+        raise CheckWarning(f"code of someone else, or of another version: not run ({', '.join(sorted(foreign)[:3])})")
+    with tempfile.TemporaryDirectory() as clean:
+        # Without the folder's other files, some of which (custom_generate/, an adapter's) lead to more code.
+        weights = [path.name for path in weight_files(f.path) if path.parent == f.path]
+        for name in ("config.json", INDEX, *weights, *f.known_code):
+            if (f.path / name).is_file():
+                link(f.path / name, Path(clean, name))
+        model = AutoModelForCausalLM.from_pretrained(
+            clean, dtype=torch.float32, local_files_only=True, trust_remote_code=True
+        )
     if not type(model).__module__.startswith("transformers_modules."):
         raise CheckFailed(f"trust_remote_code=True gives {type(model).__name__}, not the folder's class")
-    AutoTokenizer.from_pretrained(f.path, local_files_only=True, trust_remote_code=True)
     with torch.no_grad():
         error = difference(model(f.tokens[None]).logits[0].double(), f.stock_logits)
     if not error <= LOGITS_TOLERANCE:
@@ -371,9 +387,19 @@ CHECKS: dict[str, Callable[[Folder], str]] = {
 }
 
 
-def run_checks(path: Path) -> Iterator[Result]:
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def link(source: Path, target: Path) -> None:
+    try:
+        target.symlink_to(source.resolve())
+    except OSError:  # Windows asks for a privilege
+        shutil.copyfile(source, target)
+
+
+def run_checks(folder: Folder) -> Iterator[Result]:
     """All checks of a folder, in this process; one that fails does not stop the others."""
-    folder = Folder(path)
     for name, check in CHECKS.items():
         try:
             if name == "code" and not folder.config.get("auto_map"):
@@ -387,12 +413,15 @@ def run_checks(path: Path) -> Iterator[Result]:
 
 
 def check_folders(
-    paths: Sequence[Path], report: Callable[[Path, Result], None] = lambda path, result: None
+    paths: Sequence[Path],
+    report: Callable[[Path, Result], None] = lambda path, result: None,
+    known_code: Mapping[str, str] | None = None,
 ) -> dict[Path, list[Result]]:
     """Check folders one after another in a fresh process that cannot import gpt2_hf.
 
     Args:
         report: called with each result as it comes.
+        known_code: name and sha256 of the Python files that may be run; a folder with any other runs none.
     """
     results: dict[Path, list[Result]] = {path: [] for path in paths}
     names = {str(path.resolve()): path for path in paths}
@@ -400,7 +429,8 @@ def check_folders(
         environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "CUDA_VISIBLE_DEVICES": ""}
         process = subprocess.Popen(
             # -P: this file's folder must not be searched for modules.
-            [sys.executable, "-P", __file__, *names],
+            [sys.executable, "-P", __file__, json.dumps(known_code or {}), *names],
+            stdin=subprocess.DEVNULL,  # nobody is asked anything
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -427,7 +457,7 @@ def check_folders(
 
 
 def main() -> None:
-    """The fresh process: a JSON line for each result of each folder in sys.argv, and one that ends each folder."""
+    """The fresh process: a JSON line for each result of each folder in sys.argv[2:], and one that ends each folder."""
 
     class Hidden:
         @staticmethod
@@ -442,8 +472,9 @@ def main() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    for folder in sys.argv[1:]:
-        for result in run_checks(Path(folder)):
+    known_code = json.loads(sys.argv[1])
+    for folder in sys.argv[2:]:
+        for result in run_checks(Folder(Path(folder), known_code)):
             print(json.dumps({"folder": folder, **asdict(result)}), file=output, flush=True)
         print(json.dumps({"folder": folder}), file=output, flush=True)
 

@@ -2,7 +2,7 @@
 
 python scripts/convert.py ckpt.pt out_folder
 python scripts/convert.py model_00019560.bin out_folder
-python scripts/convert.py runs/demo/final model.bin --to llmc
+python scripts/convert.py runs/demo model.bin --to llmc
 """
 
 import sys
@@ -16,7 +16,7 @@ from gpt2_hf.convert import convert
 def main() -> None:
     description = (__doc__ or "").partition("\n")[0]
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("source", help=".pt of nanoGPT or build-nanogpt, .bin of llm.c, gpt2 folder or hub id")
+    parser.add_argument("source", help=".pt of nanoGPT or build-nanogpt, .bin of llm.c, a run, gpt2 folder or hub id")
     parser.add_argument("output", help="folder to write for gpt2, file for the others")
     parser.add_function_arguments(convert, skip={"source", "output", "overwrite"})
     parser.add_argument("--overwrite", action="store_true", help="replace an output of the same kind")

@@ -13,7 +13,7 @@ def main() -> None:
     parser.add_argument("--repo", help="where to publish: me/my-gpt2; without it the folder is only checked")
     parser.add_argument("--check", action="store_true", help="check only")
     parser.add_argument("--with-code", "--with_code", action="store_true", help="publish our model code too")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--private", action="store_true", help="make a new repository private; a public one is refused")
     parser.add_argument("--license", help="for the model card, where there is none yet: the Hub's name of a licence")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list what would be uploaded")
     try:

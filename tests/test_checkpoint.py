@@ -63,6 +63,61 @@ def test_newest_whole_passes_over_damage_and_says_so(tmp_path, harm, words):
     assert checkpoint.newest_whole(tmp_path / "nothing") is None
 
 
+def model_folder(path, weights, **files):
+    """A folder as a run writes it, with ``weights`` for weights."""
+
+    def write(folder):
+        for name, content in ({"config.json": "{}", "model.safetensors": weights} | files).items():
+            (folder / name).write_text(content)
+
+    checkpoint.write_folder(path, write)
+
+
+def test_the_model_of_a_run_is_its_final_unless_there_is_a_newer_one(tmp_path):
+    run, said = tmp_path / "run", []
+    final, steps = run / "final", run / "checkpoints"
+
+    def find():
+        said.clear()
+        return checkpoint.find_model(run, said.append)
+
+    for folder in (run, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"no folder|no config\.json"):
+            checkpoint.find_model(folder)
+    model_folder(steps / "step-00000010", "ten")
+    assert find() == steps / "step-00000010" and said == [f"{run} is a run: taking {find()}, as final is not there"]
+    model_folder(steps / "step-00000020", "twenty")
+    model_folder(final, "twenty", **{"tokenizer.json": "{}"})
+    assert find() == final and said == [f"{run} is a run: taking {final}"]
+    assert checkpoint.find_model(final) == final
+
+    model_folder(steps / "step-00000070", "seventy")  # trained on, and killed
+    assert find() == steps / "step-00000070" and "as final has other weights than step-00000070" in said[-1]
+    assert checkpoint.find_model(final) == final  # by its own name it is taken as it is
+    (steps / "step-00000070" / "model.safetensors").write_text("dam")
+    assert find() == final and "damaged" in said[0]
+
+    (final / "model.safetensors").write_text("dam")
+    assert find() == steps / "step-00000020" and "as final is damaged: model.safetensors has 3 bytes" in said[-1]
+    for path in checkpoint.saved_steps(steps).values():
+        (path / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint, and final is damaged"):
+        find()
+    model_folder(final, "all that was kept")
+    assert find() == final
+
+
+def test_folders_without_weights_or_manifest_are_not_the_same(tmp_path):
+    for name in ("a", "b"):
+        checkpoint.write_folder(tmp_path / name, write)
+    assert not checkpoint.same_weights(tmp_path / "a", tmp_path / "b")
+    for name in ("a", "b"):
+        model_folder(tmp_path / name, "same")
+    assert checkpoint.same_weights(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "manifest.json").unlink()
+    assert not checkpoint.same_weights(tmp_path / "a", tmp_path / "b")
+
+
 def test_prune_keeps_the_last_and_every_nth(tmp_path):
     for step in range(10, 110, 10):
         (tmp_path / f"step-{step:08d}").mkdir()

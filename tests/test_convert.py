@@ -5,9 +5,13 @@ import importlib.util
 import math
 import os
 import pickle
+import re
+import resource
+import shutil
 import struct
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +19,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from gpt2_hf.checkpoint import write_folder
 from gpt2_hf.convert import ConversionError, convert
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
 
@@ -254,7 +260,9 @@ def test_nanogpt(tmp_path, prefix, bias, capsys):
     assert_same_logits(converted, model)
     assert converted.config.activation_function == "gelu" and converted.config.attn_pdrop == 0.1
     assert not (tmp_path / "out" / "tokenizer.json").exists()
-    assert ("biases: the model has none" in capsys.readouterr().out) is not bias
+    output = capsys.readouterr().out
+    assert ("biases: the model has none" in output) is not bias
+    assert "tokenizer: none" in output and "add its own before publishing" in output
 
 
 def test_the_two_gelus_are_told_apart(tmp_path):
@@ -457,7 +465,7 @@ def test_round_trips_keep_every_bit(tmp_path):
         ({"tie_word_embeddings": False}, "not tied"),
         ({"n_inner": 100}, "n_inner is 100"),
         ({"activation_function": "relu"}, "activation is relu"),
-        ({"activation_function": "gelu"}, "--to nanogpt"),
+        ({"activation_function": "gelu"}, "--to nanogpt keeps it, --activation gelu_new"),
         ({"scale_attn_weights": False}, "scale_attn_"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
@@ -471,6 +479,26 @@ def test_what_a_format_cannot_hold(tmp_path, fields, reason):
     if fields.get("activation_function") != "gelu":
         refused(folder, tmp_path / "out", to="nanogpt")
     assert os.listdir(tmp_path) == ["gpt2"]
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu_fast", "gelu_10"])
+def test_formats_are_recommended_only_if_they_take_it(tmp_path, activation):
+    folder = gpt2_folder(tmp_path / "gpt2", activation_function=activation)
+    for to, own in (("llmc", "gelu_new"), ("build-nanogpt", "gelu_new"), ("nanogpt", "gelu")):
+        message = refused(folder, tmp_path / "out", to=to)
+        assert f"activation is {activation}" in message and f"--activation {own}" in message and "--to" not in message
+
+
+def test_a_head_of_its_own_is_not_dropped_whatever_config_json_says(tmp_path):
+    folder = gpt2_folder(tmp_path / "gpt2")  # which says that it is tied
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"lm_head.weight": torch.randn(V, C)}, folder / "model.safetensors", {"format": "pt"})
+    for to in ("llmc", "build-nanogpt"):
+        assert "not tied" in refused(folder, tmp_path / "out", to=to)
+    equal = weights["transformer.wte.weight"].clone()
+    save_file(weights | {"lm_head.weight": equal}, folder / "model.safetensors", {"format": "pt"})
+    convert(folder, tmp_path / "out", to="llmc")
+    assert np.array_equal(read_llmc(tmp_path / "out")[1]["wte"][:V], equal.numpy())
 
 
 def test_nanogpt_has_the_other_gelu(tmp_path):
@@ -527,9 +555,123 @@ def test_damaged_pt_files(tmp_path):
         nanogpt_file(path, model, model=broken)
         message = refused(path, tmp_path / "out")
         assert text in message and str(path) in message
-    torch.save([1, 2], path)
-    assert "holds no GPT-2's weights" in refused(path, tmp_path / "out")
+    for content in ([1, 2], {0: torch.zeros(1)}, {"model": {0: torch.zeros(1)}}):
+        torch.save(content, path)
+        assert "holds no GPT-2's weights" in refused(path, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["bad.pt", "good.pt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"n_layer": "2"}, "says that its n_layer is '2'"),
+        ({"n_head": "4"}, "says that its n_head is '4'"),
+        ({"n_head": -4}, "says that its n_head is -4"),
+        ({"vocab_size": 2.5}, "says that its vocab_size is 2.5"),
+        ({"dropout": "0.1"}, "settings that no GPT-2 has: .*pdrop"),
+        ({"dropout": 3.0}, "settings that no GPT-2 has: .*pdrop is 3.0"),
+        ({"dropout": None}, None),
+    ],
+    ids=str,
+)
+def test_settings_of_a_wrong_kind(tmp_path, changes, text):
+    args = {"n_layer": L, "n_head": H, "n_embd": C, "block_size": T, "vocab_size": V, "bias": True, "dropout": 0.0}
+    path = nanogpt_file(tmp_path / "ckpt.pt", PlainGPT(), model_args=args | changes)
+    if text is None:
+        convert(path, tmp_path / "out")
+        assert stock(tmp_path / "out").config.attn_pdrop == 0
+    else:
+        message = refused(path, tmp_path / "out")
+        assert re.search(text, message) and str(path) in message
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    model = PlainGPT()
+    state = model.state_dict()
+    name = "transformer.h.1.mlp.c_fc.bias"
+    for bad, text in (
+        (state[name].clone().fill_(torch.nan), f"NaN or infinite values in {name}"),
+        (state[name].double() + 1e39, f"NaN or infinite values in {name}"),  # too large for fp32
+        (state[name].to(torch.int8), f"{name} in torch.int8"),
+        (state[name].to(torch.complex64), f"{name} in torch.complex64"),
+    ):
+        nanogpt_file(tmp_path / "ckpt.pt", model, model=state | {name: bad})
+        for to in ("gpt2", "nanogpt"):
+            assert text in refused(tmp_path / "ckpt.pt", tmp_path / "out", to=to)
+    arrays = llmc_arrays()
+    arrays["lnfw"][3] = np.inf
+    assert "transformer.ln_f.weight" in refused(llmc_file(tmp_path / "model.bin", arrays), tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["ckpt.pt", "model.bin"]
+
+
+def test_nothing_foreign_is_replaced(tmp_path):
+    source = nanogpt_file(tmp_path / "ckpt.pt", PlainGPT())
+    out, app, archive = tmp_path / "out", tmp_path / "app", tmp_path / "archive.zip"
+    for name in (
+        "README.md",
+        "training.py",
+        "pytorch_model.bin",
+        "lora/weights.safetensors",
+        "merges.txt/mine",  # a folder under a known name
+    ):
+        convert(source, out, overwrite=True)
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("my work")
+        assert name.split("/")[0] in refused(source, out, overwrite=True)
+        assert (out / name).read_text() == "my work" and (out / "model.safetensors").is_file()
+        shutil.rmtree(out)
+    app.mkdir()
+    for config in ("{", "[1]", "{}", '{"model_type": "bert"}', '{"port": 80}'):
+        (app / "config.json").write_text(config)
+        (app / "manifest.json").write_text('{"config.json": {"bytes": 1}}')
+        assert "is no gpt2 folder" in refused(source, app, overwrite=True)
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("word/document.xml", "my thesis")
+    (tmp_path / "notes.txt").write_text("my work")
+    for name in ("archive.zip", "notes.txt"):
+        before = (tmp_path / name).read_bytes()
+        assert "neither a .pt nor an llm.c file" in refused(source, tmp_path / name, to="nanogpt", overwrite=True)
+        assert (tmp_path / name).read_bytes() == before
+    convert(source, tmp_path / "model.bin", to="nanogpt")  # whatever its name
+    convert(gpt2_folder(tmp_path / "gpt2"), tmp_path / "model.bin", to="llmc", overwrite=True)
+    convert(tmp_path / "model.bin", tmp_path / "gpt2", overwrite=True)  # made by another tool, and plain
+    read_llmc(tmp_path / "model.bin")
+
+
+def test_source_and_output_do_not_lie_in_each_other(tmp_path, monkeypatch):
+    folder = gpt2_folder(tmp_path / "gpt2")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    inside = nanogpt_file(tmp_path / "ckpt.pt", model := PlainGPT()).rename(folder / "ckpt.pt")
+    for source, output, to in (
+        (folder, folder / "model.safetensors", "llmc"),
+        (folder, folder / "new.bin", "llmc"),
+        (folder, folder, "llmc"),
+        (inside, folder, "gpt2"),
+        (inside, folder / ".." / "gpt2", "gpt2"),
+        (inside, inside, "nanogpt"),
+    ):
+        assert "lie in each other" in refused(source, output, to=to, overwrite=True)
+    inside.rename(tmp_path / "ckpt.pt")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert "the folder you are in" in refused(tmp_path / "ckpt.pt", ".")
+    convert("../ckpt.pt", "new")
+    assert_same_logits(stock(tmp_path / "here" / "new"), model)
+
+
+def test_links_to_outputs_stay_links(tmp_path):
+    source = nanogpt_file(tmp_path / "ckpt.pt", PlainGPT())
+    convert(source, tmp_path / "disk" / "out")
+    convert(source, tmp_path / "disk" / "model.pt", to="nanogpt")
+    source = nanogpt_file(tmp_path / "ckpt.pt", model := PlainGPT(seed=7))
+    for name, to in (("out", "gpt2"), ("model.pt", "nanogpt")):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+        convert(source, tmp_path / name, to=to, overwrite=True)
+        assert (tmp_path / name).is_symlink()
+    assert_same_logits(stock(tmp_path / "disk" / "out"), model)
+    head = torch.load(tmp_path / "disk" / "model.pt", weights_only=True)["model"]["lm_head.weight"]
+    assert torch.equal(head, model.lm_head.weight)
 
 
 def test_outputs_are_replaced_only_when_asked(tmp_path):
@@ -566,16 +708,38 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError):
-        convert(folder, tmp_path / "whole.bin", to="llmc", overwrite=True)
-    with pytest.raises(OSError):
-        convert(tmp_path / "whole.bin", tmp_path / "out")
+    for source, output, to in (("gpt2", "whole.bin", "llmc"), ("whole.bin", "out", "gpt2")):
+        message = refused(tmp_path / source, tmp_path / output, to=to, overwrite=True)
+        assert f"{tmp_path / output} cannot be written" in message and "No space left" in message
     assert sorted(os.listdir(tmp_path)) == ["gpt2", "whole.bin"]
     assert (tmp_path / "whole.bin").read_bytes() == before
 
 
+@pytest.mark.parametrize("to", ["gpt2", "llmc", "nanogpt", "build-nanogpt"])
+def test_a_full_disk_is_one_line(tmp_path, to):
+    """A limit on the size of files stands for the disk; safetensors and torch.save have errors of their own for it."""
+    source = nanogpt_file(tmp_path / "ckpt.pt", PlainGPT())
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        message = refused(source, tmp_path / "out", to=to, activation="gelu_new" if to != "nanogpt" else None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"{tmp_path / 'out'} cannot be written, is there room on the disk?" in message
+    assert os.listdir(tmp_path) == ["ckpt.pt"]
+
+
+def test_a_run_is_converted_by_its_name(tmp_path, capsys):
+    for name in ("checkpoints/step-00000020", "final"):
+        write_folder(tmp_path / "run" / name, gpt2_folder)
+    convert(tmp_path / "run", tmp_path / "model.bin", to="llmc")
+    assert f"taking {tmp_path / 'run' / 'final'}" in capsys.readouterr().out
+    assert_same_logits(stock(tmp_path / "run" / "final"), llmc_logits(read_llmc(tmp_path / "model.bin")[1], TOKENS))
+
+
 def test_sources_that_are_not_there(tmp_path):
-    assert "--to" in refused(tmp_path / "nothing", tmp_path / "out")
+    message = refused(tmp_path / "nothing.pt", tmp_path / "out")
+    assert message.startswith(f"no such file: {tmp_path / 'nothing.pt'}") and "--to" in message
     assert "no gpt2 folder" in refused(tmp_path / "nothing", tmp_path / "out", to="llmc")
     assert "no gpt2 folder" in refused(tmp_path, tmp_path / "out", to="llmc")
     assert "--to" in refused(gpt2_folder(tmp_path / "gpt2"), tmp_path / "out")

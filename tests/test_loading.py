@@ -175,9 +175,14 @@ def change_config(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def to_bin(folder):
+def to_bin(folder, content=None):
     (folder / "model.safetensors").unlink()
-    torch.save(stock_model().state_dict(), folder / "pytorch_model.bin")
+    torch.save(content or stock_model().state_dict(), folder / "pytorch_model.bin")
+
+
+def write_index(folder, text):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(text)
 
 
 class Code:
@@ -229,6 +234,41 @@ DAMAGE = {
         r"wte.weight is \(97, 32\) in the file and \(98, 32\) by config.json",
     ),
     "cross-attention": (lambda f: change_config(f, add_cross_attention=True), ValueError, "decoder without an encoder"),
+    "no heads": (lambda f: change_config(f, n_head=0), ValueError, "n_head is 0, and must be 1 or more"),
+    "negative heads": (lambda f: change_config(f, n_head=-1), ValueError, "n_head is -1, and must be"),
+    "no positions": (lambda f: change_config(f, n_positions=0), ValueError, "n_positions is 0, and must be"),
+    "no vocabulary": (lambda f: change_config(f, vocab_size=-1), ValueError, "vocab_size is -1, and must be"),
+    "no inner": (lambda f: change_config(f, n_inner=0), ValueError, "n_inner is 0, and must be"),
+    "dropout": (lambda f: change_config(f, attn_pdrop=2.0), ValueError, "attn_pdrop is 2.0, and must be"),
+    "heads in words": (lambda f: change_config(f, n_head="2"), ValueError, "'n_head'.* expected int, got str"),
+    "layers left out": (lambda f: change_config(f, n_layer=None), ValueError, "'n_layer'.* expected int, got NoneType"),
+    "epsilon in words": (
+        lambda f: change_config(f, layer_norm_epsilon="1"),
+        ValueError,
+        "'layer_norm_epsilon'.*got str",
+    ),
+    "unknown dtype": (lambda f: change_config(f, dtype="float3"), OSError, "cannot load .*/model: .*float3"),
+    "a list for a config": (lambda f: (f / "config.json").write_text("[1]"), OSError, "cannot load .*/model: .*list"),
+    "a list for generation": (
+        lambda f: (f / "generation_config.json").write_text("[]"),
+        OSError,
+        "cannot load .*/model: .*list",
+    ),
+    **{
+        f"index {text}": (lambda f, text=text: write_index(f, text), OSError, f"cannot load .*/model: .*{words}")
+        for text, words in {
+            "{": "JSONDecodeError",
+            "{}": "weight_map",
+            "[]": "TypeError",
+            '{"metadata": {}, "weight_map": {}}': "IndexError",
+        }.items()
+    },
+    "a list in .bin": (lambda f: to_bin(f, [1, 2]), OSError, "cannot load .*/model: .*TypeError"),
+    "numbers for names in .bin": (
+        lambda f: to_bin(f, {0: torch.zeros(1)}),
+        OSError,
+        "cannot load .*/model: .*'int' object",
+    ),
     "unknown activation": (
         lambda f: change_config(f, activation_function="geloo"),
         ValueError,
@@ -247,3 +287,19 @@ def test_what_is_not_a_whole_gpt2_is_refused_in_one_line(damage, error, words, t
         GPTForCausalLM.from_pretrained(folder)
     assert len(str(caught.value).strip().splitlines()) == 1
     assert not (tmp_path / "it_ran").exists()
+
+
+def test_overrides_are_checked_like_the_file(tmp_path):
+    stock_model().save_pretrained(tmp_path)
+    for fields, words in (
+        ({"n_head": 0}, "n_head is 0"),
+        ({"n_head": "2"}, "expected int"),
+        ({"n_head": 3}, "multiple"),
+    ):
+        for load in (GPTForCausalLM.from_pretrained, GPTConfig.from_pretrained):
+            with pytest.raises(ValueError, match=words):
+                load(tmp_path, **fields)
+        with pytest.raises(ValueError, match=words):
+            GPTConfig(**{**SMALL, **fields})
+    config, rest = GPTConfig.from_pretrained(tmp_path, n_layer=1, return_unused_kwargs=True, other=3)
+    assert config.n_layer == 1 and rest == {"other": 3}

@@ -14,21 +14,24 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gpt2_hf.checkpoint import write_folder
 from gpt2_hf.data.tokenizer import ASSETS, VOCAB_SIZE
 from gpt2_hf.model import GPTConfig, GPTForCausalLM, GPTModel
-from gpt2_hf.publish import PublishError, find_model, publish
-from gpt2_hf.verify import LOGITS_TOLERANCE, Result, check_folders, difference, plain_forward
+from gpt2_hf.model.hub import code_files
+from gpt2_hf.publish import PublishError, publish
+from gpt2_hf.verify import LOGITS_TOLERANCE, Result, check_folders, difference, plain_forward, sha256
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "publish.py"
 BYTES = 257  # GPT-2's first 256 tokens are the bytes
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32}
 MISSING = "model-00002-of-00005.safetensors"
 CODE = {"configuration_gpt.py", "hub.py", "loss.py", "modeling_gpt.py"}
+OURS = {file.name: sha256(file) for file in code_files()}
 PASSES = [Result("everything", "ok", "fine")]
 
 
@@ -115,10 +118,31 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     torch.save({}, new["pickle only"] / "pytorch_model.bin")
     edit_config(add("code named, not there"), auto_map={"AutoConfig": "configuration_gpt.GPTConfig"})
     edit_config(add("another model"), model_type="gpt_neo", architectures=["GPTNeoForCausalLM"])
-    modeling = add("code that needs us", with_code=True) / "modeling_gpt.py"
-    modeling.write_text("import gpt2_hf\n" + modeling.read_text())
+    (marker := root / "markers").mkdir()
+
+    def harm(name: str) -> str:
+        return f"open({str(marker / name)!r}, 'w')\n"
+
+    (new["with code"] / "custom_generate").mkdir()
+    (new["with code"] / "custom_generate" / "generate.py").write_text(harm("custom_generate"))
+    modeling = add("changed code", with_code=True) / "modeling_gpt.py"
+    modeling.write_text(harm("changed") + modeling.read_text())
+    their_map = {"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"}
+    (edit_config(add("their code"), auto_map=their_map) / "theirs.py").write_text(harm("theirs"))
+    (edit_config(add("their code, another model"), auto_map=their_map, model_type="x") / "theirs.py").write_text(
+        harm("theirs of another model")
+    )
+    their_map = {"AutoConfig": f"{new['their code']}--modeling_gpt.GPTConfig", "AutoModelForCausalLM": "modeling_gpt.M"}
+    edit_config(add("code elsewhere", with_code=True), auto_map=their_map)
+    config = json.loads((add("tokenizer's code") / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": ["theirs.T", "theirs.T"]}
+    (new["tokenizer's code"] / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "T"}))
+    (new["tokenizer's code"] / "theirs.py").write_text(harm("tokenizer"))
     modeling = add("code that differs", with_code=True) / "modeling_gpt.py"
     modeling.write_text(modeling.read_text().replace("self.scaling = ", "self.scaling = 2 * "))
+    shutil.copy(modeling, add("code that needs us", with_code=True))
+    (new["code that needs us"] / "needing.py").write_text("import gpt2_hf\n")
+    edit_config(new["code that needs us"], auto_map={"AutoModelForCausalLM": "needing.GPTForCausalLM"})
     (add("broken config") / "config.json").write_text("{")
     return new
 
@@ -128,7 +152,9 @@ def results(folders) -> dict[str, dict[str, Result]]:
     """Folder's name -> check -> result. One process does them all."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # models this small gain nothing from threads, and lose on a busy machine
-        found = check_folders(list(folders.values()))
+        found = check_folders(list(folders.values()), known_code=OURS)
+        odd = [folders[name] for name in ("code that differs", "code that needs us")]  # here as if it were ours
+        found |= check_folders(odd, known_code={file.name: sha256(file) for path in odd for file in path.glob("*.py")})
     return {path.name: {result.check: result for result in list_} for path, list_ in found.items()}
 
 
@@ -183,6 +209,20 @@ def test_bad_folders_fail_where_they_are_bad(results, folder, check, words):
     assert results[folder][check].status == "FAILED"
     assert words in results[folder][check].text
     assert len(results[folder]) >= 9  # the other checks ran
+
+
+def test_code_of_others_is_not_run(results, folders):
+    assert not list((folders["plain"].parent / "markers").iterdir())
+    for name, named in (
+        ("changed code", "modeling_gpt.py"),
+        ("their code", "theirs.py"),
+        ("their code, another model", "theirs.py"),
+        ("code elsewhere", "their code--modeling_gpt.GPTConfig"),
+    ):
+        found = results[name]["code"]
+        assert found.status == "warning" and "not run" in found.text and named in found.text, found
+    assert results["their code"]["loading"].status == "ok"  # as stock
+    assert "code" not in results["tokenizer's code"]
 
 
 @pytest.mark.parametrize("folder", ["small vocabulary", "extra head", "no tokenizer", "nan"])
@@ -322,8 +362,8 @@ print(type(model).__name__, type(AutoModel.from_pretrained(root / "on", trust_re
 @pytest.fixture
 def run(tmp_path) -> Path:
     """A finished run: a final model among what must not go up, and its figures."""
-    final = save(tmp_path / "run" / "final")
-    (final / "manifest.json").write_text("{}")
+    final = tmp_path / "run" / "final"
+    write_folder(final, save)
     (final / "trainer_state").mkdir()
     (final / "trainer_state" / "optimizer.pt").write_bytes(b"x")
     (final / "events.log").write_text("x")
@@ -338,27 +378,48 @@ def run(tmp_path) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch) -> dict:
-    """A Hub that takes everything and remembers it; checks pass without a process."""
+    """A Hub that takes everything and remembers it, of the last upload and of each repository; checks just pass."""
     seen: dict = {}
+    repos: dict[str, SimpleNamespace] = {}
 
-    def upload_folder(self, *, repo_id, folder_path, allow_patterns, delete_patterns, commit_message):
-        files = [path.name for path in Path(folder_path).rglob("*") if path.is_file()]
-        seen["files"] = {
-            name: (Path(folder_path) / name).read_bytes()
-            for name in filter_repo_objects(files, allow_patterns=allow_patterns)
-        }
-        seen["repo_id"], seen["delete"] = repo_id, delete_patterns
+    def model_info(self, repo_id):
+        if repo_id not in repos:
+            answer(404, RepositoryNotFoundError)()
+        siblings = [SimpleNamespace(rfilename=name) for name in repos[repo_id].files]
+        return SimpleNamespace(siblings=siblings, private=repos[repo_id].private)
 
     def create_repo(self, repo_id, *, private=None, exist_ok=False):
-        seen["private"] = private
+        assert exist_ok or repo_id not in repos
+        repos.setdefault(repo_id, SimpleNamespace(files={}, private=bool(private)))  # one that is there stays as it is
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
+    def upload_folder(self, *, repo_id, folder_path, delete_patterns, commit_message):
+        root, repo = Path(folder_path), repos[repo_id]
+        files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        deleted = set(filter_repo_objects(repo.files, allow_patterns=delete_patterns))
+        assert not deleted & files.keys()
+        repo.files = {name: content for name, content in repo.files.items() if name not in deleted} | files
+        seen.update(files=files, repo_id=repo_id, repo=repo)
+
     monkeypatch.setattr(HfApi, "whoami", lambda self: {"name": "me"})
+    monkeypatch.setattr(HfApi, "model_info", model_info)
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
-    monkeypatch.setattr("gpt2_hf.publish.check_folders", lambda paths, report=None: {paths[0]: PASSES})
+    checks_give(monkeypatch, PASSES)
     return seen
+
+
+def checks_give(monkeypatch, results):
+    monkeypatch.setattr("gpt2_hf.publish.check_folders", lambda paths, report, known_code: {paths[0]: results})
+
+
+def answer(status: int, kind=HfHubHTTPError):
+    def raise_it(*args, **kwargs):
+        response = SimpleNamespace(status_code=status, headers={}, request=None)
+        raise kind(f"{status} Client Error", response=response)
+
+    return raise_it
 
 
 STOCK = {
@@ -373,11 +434,12 @@ STOCK = {
 
 def test_only_stock_files_go_up(run, hub, capsys):
     assert publish(run, "my-gpt2", private=True, license="mit")
-    assert hub["files"].keys() == STOCK and hub["repo_id"] == "me/my-gpt2" and hub["private"] is True
+    assert hub["files"].keys() == STOCK and hub["repo_id"] == "me/my-gpt2" and hub["repo"].private is True
     for name in STOCK - {"README.md"}:
         assert hub["files"][name] == (run / "final" / name).read_bytes()
     assert not (run / "final" / "README.md").exists()
     output = capsys.readouterr().out
+    assert "left out: events.log, manifest.json, trainer_state/\n" in output
     assert f"taking {run / 'final'}" in output and "https://huggingface.co/me/my-gpt2" in output
     assert 'AutoModelForCausalLM.from_pretrained("me/my-gpt2")' in output
 
@@ -404,7 +466,7 @@ def test_the_card_says_what_is_known(run, hub):
         assert words in card.text
     assert "9.0" not in card.text
 
-    shutil.copytree(run / "final", run / "checkpoints" / "step-00000010")
+    write_folder(run / "checkpoints" / "step-00000010", lambda path: save(path, layer_norm_epsilon=1e-3))
     publish(run / "checkpoints" / "step-00000010", "me/early")
     card = huggingface_hub.ModelCard(hub["files"]["README.md"].decode())
     assert "| 9.0000 |" in card.text and "7.25" not in card.text and card.data.license is None
@@ -412,6 +474,94 @@ def test_the_card_says_what_is_known(run, hub):
     shutil.copytree(run / "final", run / "elsewhere")  # nothing says that it is this run's model
     publish(run / "elsewhere", "me/other")
     assert "measure" not in hub["files"]["README.md"].decode()
+
+
+def test_figures_are_those_of_the_weights(run, hub, monkeypatch, capsys):
+    """A run that ended at step 20, was trained on and then killed: its ``final`` is not what it has come to."""
+    rows = (run / "metrics.jsonl").read_text()
+    row = {"step": 70, "tokens_seen": 35_000, "val_loss": 3.5}
+    (run / "metrics.jsonl").write_text(rows + json.dumps(row) + "\n")
+    write_folder(run / "checkpoints" / "step-00000020", save)
+
+    def newer(path):
+        edit_weights(save(path), lambda w: w["transformer.wte.weight"].add_(1))
+
+    write_folder(run / "checkpoints" / "step-00000070", newer)
+    publish(run, "me/newest")
+    assert "step-00000070, as final has other weights" in capsys.readouterr().out
+    newest = run / "checkpoints" / "step-00000070"
+    assert hub["files"]["model.safetensors"] == (newest / "model.safetensors").read_bytes()
+    assert "| 3.5000 |" in hub["files"]["README.md"].decode()
+
+    publish(run / "final", "me/final")  # asked for by name: with its own figures
+    card = hub["files"]["README.md"].decode()
+    assert "| 7.2500 |" in card and "3.5" not in card and "10,000 tokens" in card
+    monkeypatch.chdir(run / "final")
+    publish(".", "me/dot")
+    assert hub["files"]["README.md"].decode() == card.replace("me/final", "me/dot").replace("# final", "# dot")
+
+    shutil.rmtree(run / "checkpoints" / "step-00000020")  # now nobody knows which step it was
+    publish(run / "final", "me/unknown")
+    assert "measure" not in hub["files"]["README.md"].decode()
+
+
+def test_a_card_on_the_hub_stays(run, hub, capsys):
+    publish(run, "me/my-gpt2")
+    assert "stays as it is" not in capsys.readouterr().out
+    hub["repo"].files["README.md"] = b"edited on the website"
+    publish(run, "me/my-gpt2")
+    assert hub["repo"].files["README.md"] == b"edited on the website" and "README.md" not in hub["files"]
+    assert "the README.md of me/my-gpt2 stays as it is" in capsys.readouterr().out
+    with pytest.raises(PublishError, match=r"the README\.md of me/my-gpt2 is there: write `license: mit`"):
+        publish(run, "my-gpt2", license="mit")
+    (run / "final" / "README.md").write_text("# mine\n")
+    publish(run, "me/my-gpt2")
+    assert hub["repo"].files["README.md"] == b"# mine\n"
+
+
+def test_what_an_earlier_upload_left_goes_and_nothing_else(run, hub):
+    publish(run, "me/my-gpt2", with_code=True)
+    stale = ["special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"]
+    stale += ["model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    others = ["model_v1/weights.safetensors", "old/loss.py", "old/model.safetensors", "logs/vocab.json"]
+    others += ["model.fp16.safetensors", "pytorch_model.bin", "train.py", ".gitattributes"]
+    hub["repo"].files.update(dict.fromkeys([*stale, *others], b"earlier"))
+    (run / "final" / "generation_config.json").unlink()
+    publish(run / "final", "me/my-gpt2")
+    assert hub["repo"].files.keys() == STOCK - {"generation_config.json"} | set(others)
+
+
+def test_private_is_not_pretended(run, hub):
+    publish(run, "me/public")
+    before = dict(hub["repo"].files)
+    with pytest.raises(PublishError, match="me/public is there and public"):
+        publish(run, "public", private=True)
+    assert hub["repo"].files == before
+    for _ in range(2):
+        publish(run, "me/hidden", private=True)
+        assert hub["repo"].private
+    publish(run, "me/hidden")
+    assert hub["repo"].private
+
+
+def test_the_check_sees_what_goes_up(run, hub, monkeypatch):
+    (run / "final" / "chat_template.jinja").write_text("{{ messages }}")
+    (run / "final" / "theirs.py").write_text("")
+    torch.save({}, run / "final" / "pytorch_model.bin")
+    seen = []
+
+    def check(paths, report, known_code):
+        seen.append({path.name: path.read_bytes() for path in paths[0].rglob("*")})
+        assert known_code == OURS
+        return {paths[0]: PASSES}
+
+    monkeypatch.setattr("gpt2_hf.publish.check_folders", check)
+    for with_code in (False, True):
+        publish(run, "me/my-gpt2", with_code=with_code)
+        extra = {"chat_template.jinja"} | (CODE if with_code else set())
+        assert seen[-1].keys() - {"README.md"} == STOCK - {"README.md"} | extra
+        assert seen[-1] == hub["files"]
+    assert hub["files"]["chat_template.jinja"] == b"{{ messages }}"
 
 
 def test_a_card_that_is_there_stays(run, hub):
@@ -430,15 +580,15 @@ def test_code_goes_up_when_asked_and_is_left_out_when_not(run, hub, capsys):
     assert "trust_remote_code=True" in capsys.readouterr().out
 
     save(run / "final", with_code=True)
-    publish(run, "me/my-gpt2")
-    assert hub["files"].keys() == STOCK and set(hub["delete"]) >= CODE
+    publish(run / "final", "me/my-gpt2")
+    assert hub["repo"].files.keys() == STOCK
     assert "auto_map" not in json.loads(hub["files"]["config.json"])
 
 
 def test_shards_go_up_with_their_index(run, hub):
     (run / "final" / "model.safetensors").unlink()
     save(run / "final", shards="10KB")
-    publish(run, "me/my-gpt2")
+    publish(run / "final", "me/my-gpt2")
     shards = {name for name in hub["files"] if name.startswith("model-")}
     assert len(shards) > 1 and "model.safetensors.index.json" in hub["files"]
 
@@ -454,7 +604,7 @@ def test_dry_run_lists_and_asks_nobody(run, hub, monkeypatch, capsys):
 
 def test_a_failed_check_stops_the_upload(run, hub, monkeypatch, capsys):
     bad = [*PASSES, Result("head", "FAILED", "two of them")]
-    monkeypatch.setattr("gpt2_hf.publish.check_folders", lambda paths, report=None: {paths[0]: bad})
+    checks_give(monkeypatch, bad)
     assert publish(run, "me/my-gpt2") is False
     assert not hub and "1 of 2 checks FAILED; nothing is published" in capsys.readouterr().out
 
@@ -462,16 +612,8 @@ def test_a_failed_check_stops_the_upload(run, hub, monkeypatch, capsys):
 def test_a_broken_folder_is_checked_and_not_uploaded(run, hub):
     (run / "final" / "config.json").write_text("{")
     with pytest.raises(PublishError, match="cannot be prepared"):  # here the check was made to pass
-        publish(run, "me/my-gpt2")
+        publish(run / "final", "me/my-gpt2")
     assert not hub
-
-
-def answer(status: int):
-    def raise_it(*args, **kwargs):
-        response = SimpleNamespace(status_code=status, headers={}, request=None)
-        raise HfHubHTTPError(f"{status} Client Error", response=response)
-
-    return raise_it
 
 
 def test_what_the_hub_refuses_is_one_line(run, hub, monkeypatch):
@@ -492,22 +634,6 @@ def test_what_the_hub_refuses_is_one_line(run, hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
     with pytest.raises(PublishError, match="hf auth login"):
         publish(run, "me/x")
-
-
-def test_the_folder_meant(tmp_path, run):
-    assert find_model(run) == run / "final" and find_model(run / "final") == run / "final"
-    with pytest.raises(PublishError, match="no folder"):
-        find_model(tmp_path / "nowhere")
-    with pytest.raises(PublishError, match="no config"):
-        find_model(tmp_path)
-    from gpt2_hf.checkpoint import write_folder
-
-    for step in (10, 20):
-        write_folder(tmp_path / "killed" / "checkpoints" / f"step-{step:08d}", save)
-    newest = tmp_path / "killed" / "checkpoints" / "step-00000020"
-    assert find_model(tmp_path / "killed") == newest
-    (newest / "model.safetensors").write_bytes(b"damaged")
-    assert find_model(tmp_path / "killed").name == "step-00000010"
 
 
 @pytest.mark.parametrize(
@@ -537,7 +663,7 @@ def test_the_command(run, hub, monkeypatch, capsys, arguments, code, words):
 
 def test_a_failed_check_is_exit_code_1(run, hub, monkeypatch):
     bad = [Result("everything", "FAILED", "")]
-    monkeypatch.setattr("gpt2_hf.publish.check_folders", lambda paths, report=None: {paths[0]: bad})
+    checks_give(monkeypatch, bad)
     monkeypatch.setattr(sys, "argv", ["publish.py", "--check", str(run)])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(SCRIPT), run_name="__main__")

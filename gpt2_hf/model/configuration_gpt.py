@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GPT2Config
 from transformers.activations import ACT2FN
 
@@ -21,6 +24,15 @@ PRESETS = {
 
 # Names that transformers itself passes to a configuration beside the declared fields.
 _LIBRARY_NAMES = {"attn_implementation", "experts_implementation", "model_type", "torch_dtype", "transformers_version"}
+
+
+@contextmanager
+def _as_value_error() -> Iterator[None]:
+    """transformers checks the fields' types, with errors of a class of its own and of several lines."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 class GPTConfig(HubConfig, GPT2Config):
@@ -44,7 +56,18 @@ class GPTConfig(HubConfig, GPT2Config):
                     close = difflib.get_close_matches(name, known, 1)
                     hint = f"; did you mean {close[0]!r}?" if close else ""
                     raise TypeError(f"GPTConfig has no field {name!r}{hint}")
-        super().__init__(**kwargs)
+        with _as_value_error():
+            super().__init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size"):
+            size = getattr(self, name)
+            if size is not None and size < 1:  # of these, the types let n_inner alone be None
+                raise ValueError(f"{name} is {size}, and must be 1 or more")
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, and must be from 0 to 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.activation_function not in ACT2FN:
@@ -63,7 +86,11 @@ class GPTConfig(HubConfig, GPT2Config):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        return super().from_dict({**config_dict, "_tolerant": True}, **kwargs)
+        with _as_value_error():
+            found = super().from_dict({**config_dict, "_tolerant": True}, **kwargs)
+        # Once more: transformers sets kwargs on the finished configuration.
+        (found[0] if isinstance(found, tuple) else found)._check()
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()

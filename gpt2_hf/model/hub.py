@@ -5,6 +5,7 @@ Mixed into GPTConfig and GPTPreTrainedModel; holds nothing of the architecture.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,6 +119,12 @@ class HubModel(ModelBase):
             if error.errno is None or error.filename is not None:  # transformers' own words, or a file's name
                 raise
             raise OSError(f"cannot load {name}: a weights file is cut off or damaged ({error.strerror})") from error
+        except (AttributeError, LookupError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            # transformers trusts its files to hold what they should.
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise OSError(
+                f"cannot load {name}: one of its files, or an argument, is not as it should be ({why})"
+            ) from error
         model, info = loaded
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
