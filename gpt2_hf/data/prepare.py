@@ -264,7 +264,8 @@ def _run(stages: list[Stage], config: PrepareConfig) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     before = None
     for stage in stages:
-        executor = _executor(config, stage, str(out / "logs" / stage.name), before)
+        with _stderr_to(log):
+            executor = _executor(config, stage, str(out / "logs" / stage.name), before)
         if config.executor == "slurm":
             with _stderr_to(log):
                 executor.run()
@@ -278,6 +279,8 @@ def _run(stages: list[Stage], config: PrepareConfig) -> None:
         completions = out / "logs" / stage.name / "completions"
         with _progress(completions, stage, show), _children_die_with_us(), _stderr_to(log):
             executor.run()
+        if (done := sum(1 for _ in completions.iterdir())) < stage.tasks:  # Ray's executor only logs what failed
+            raise OSError(f"{stage.name}: {stage.tasks - done} of {stage.tasks} tasks failed, see {log}")
     if config.executor == "slurm":
         print(f"{out / 'manifest.json'} will be written by the last job; logs are in {log.parent}")
 

@@ -114,7 +114,11 @@ def benchmark_preparation(source: Source, rounds: int) -> None:
             prepare_as_in_the_lecture(files, out, 2)
             shutil.rmtree(out)
 
-        variants: Variants = {"one worker": partial(ours, 1), "two workers": partial(ours, 2), "lecture, two processes": lecture}
+        variants: Variants = {
+            "one worker": partial(ours, 1),
+            "two workers": partial(ours, 2),
+            "lecture, two processes": lecture,
+        }
         seconds = race(variants, rounds, time.perf_counter)
     show(f"whole preparation of {', '.join(files)}, {size:.1f} MB of text, wall time", size, seconds, "one worker")
 
