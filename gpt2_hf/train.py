@@ -30,7 +30,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from . import checkpoint, hardware
-from .config import ConfigError, RunConfig
+from .cli import ConfigError
+from .config import RunConfig
 from .data.remote import open_folder
 from .data.shards import ShardSet, open_split
 from .data.stream import StepLoader, TokenStream

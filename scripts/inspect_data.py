@@ -11,7 +11,8 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from gpt2_hf.config import RunConfig, parse_cli
+from gpt2_hf.cli import parse_cli
+from gpt2_hf.config import RunConfig
 from gpt2_hf.data.inspection import draw_lengths, inspect_data, render
 
 

@@ -10,7 +10,7 @@ import sys
 
 def main() -> None:
     # Imported here because every worker process imports this file again, and needs none of it.
-    from gpt2_hf.config import parse_cli
+    from gpt2_hf.cli import parse_cli
     from gpt2_hf.data.prepare import PrepareConfig, prepare
 
     try:

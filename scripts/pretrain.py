@@ -3,7 +3,8 @@
 import os
 import sys
 
-from gpt2_hf.config import ConfigError, RunConfig, parse_cli
+from gpt2_hf.cli import ConfigError, parse_cli
+from gpt2_hf.config import RunConfig
 
 
 def main() -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt2_hf.config import ConfigError, RunConfig, TrainSection, parse_cli
+from gpt2_hf.cli import ConfigError, parse_cli
+from gpt2_hf.config import RunConfig, TrainSection
 
 RECIPES = sorted(Path(__file__).parent.parent.glob("recipes/*.yaml"))
 
@@ -115,6 +116,9 @@ def test_every_knob_is_used_by_a_recipe_or_has_a_stated_reason():
         "compile": "what auto picks can be wrong",
         "tf32": "exactness",
         "deterministic": "exactness",
+        "verify": "reads all data",
+        "cache_dir": "object storage",
+        "cache_gb": "object storage",
         "document_mask": "reproductions pack without it",
         "overfit_batch": "debugging",
         "trackers": "needs an account or a package",

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from gpt2_hf import GPTConfig, GPTForCausalLM, hardware
-from gpt2_hf.config import parse_cli
+from gpt2_hf.cli import parse_cli
 from gpt2_hf.data.prepare import PrepareConfig, prepare
 from gpt2_hf.data.tokenizer import load_tokenizer
 from gpt2_hf.model.loss import LossKernels

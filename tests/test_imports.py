@@ -31,7 +31,8 @@ ALLOWED = {
     "data.prepare": {"data.clean", "data.export", "data.read", "data.write"},
     "data.speed": {"data.prepare", "data.read", "data.tokenizer", "data.write"},
     "documents": set(),
-    "config": {"model.configuration_gpt"},
+    "cli": set(),
+    "config": {"cli", "model.configuration_gpt"},
     "hardware": set(),
     "optim": {"config", "hardware"},
     "checkpoint": set(),
@@ -44,6 +45,7 @@ ALLOWED = {
     "evaluate": {"data.remote", "data.shards", "data.stream", "data.tokenizer", "documents", "model"},
     "train": {
         "checkpoint",
+        "cli",
         "config",
         "data.remote",
         "data.shards",

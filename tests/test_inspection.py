@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from test_stream import reference_epoch
 
-from gpt2_hf.config import ConfigError, RunConfig, parse_cli
+from gpt2_hf.cli import ConfigError, parse_cli
+from gpt2_hf.config import RunConfig
 from gpt2_hf.data import inspection as module
 from gpt2_hf.data.inspection import draw_lengths, first_batch, inspect_data, render
 from gpt2_hf.data.shards import ShardError, open_split
@@ -288,7 +289,7 @@ def test_what_the_manifest_and_the_report_say_is_shown(make_shards):
     (root / "manifest.json").write_text(json.dumps(manifest))
     for report in ("", "[]", "{}", "not JSON"):
         (root / "report.json").write_text(report)
-        assert inspect_data(root).facts["dropped"] == {"empty": 77}
+        assert inspect_data(root).facts["dropped"] == "empty 77"
     assert "empty 77" in render(inspect_data(root))
     (root / "report.json").write_text(json.dumps({"dropped": {"duplicate": 5000, "eval": {"hellaswag": 3}}}))
     text = render(inspect_data(root))

@@ -313,7 +313,7 @@ def test_a_line_too_long_to_read_is_one_document_lost(tmp_path: Path, monkeypatc
         prepare(PrepareConfig((str(tmp_path / name),), out=str(out), workers=1, val_fraction=0))
         assert documents(out, "train") == wanted[:10] + wanted[10:30]
         listed = [line.removeprefix(f"{tmp_path}/") for line in (out / "logs" / "dropped.txt").read_text().splitlines()]
-        assert listed == [f"{name}:{n}: a line of more than 128 MiB" for n in (11, 12)]
+        assert listed == [f"{name}:{n}: a line of more than 64 MiB" for n in (11, 12)]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst"])

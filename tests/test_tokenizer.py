@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt2_hf.data import tokenizer
 from gpt2_hf.data.tokenizer import ASSETS, EOT, VOCAB_SIZE, bulk_encoder, encode_document, load_tokenizer
 from gpt2_hf.data.tokenizer import token_byte_lengths as byte_lengths
 
@@ -272,6 +273,35 @@ def test_a_megabyte_without_a_space_agrees_in_time(kind: str):
     ours = encode_document(text)
     assert time.process_time() - began < 20
     assert ours[:-1].tolist() == rust_tokenizer().encode_batch_fast([text])[0].ids
+
+
+@pytest.mark.parametrize("part", [1, 2, 7, 100])
+def test_a_long_text_encoded_in_parts_has_the_same_ids(monkeypatch, part: int):
+    draw = random.Random(part)
+    alphabet = [
+        "a",
+        "don't",
+        "'ll",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "\u00a0",
+        "\u3000",
+        "42",
+        "!?",
+        "中",
+        "é",
+        "😀",
+        "\x1c",
+        "x" * 30,
+    ]
+    texts = ["".join(draw.choices(alphabet, k=300)) for _ in range(50)]
+    texts += [" " * 50, "a" * 500, " a" * 200, "a \n\n b" * 50, ""]
+    whole = [encode_document(text).tolist() for text in texts]
+    monkeypatch.setattr(tokenizer, "_PART", part)
+    assert sum(len(list(tokenizer._parts(text))) for text in texts) > 2 * len(texts)
+    assert [encode_document(text).tolist() for text in texts] == whole
 
 
 def test_byte_lengths_sum_to_the_length_of_the_text(published):

@@ -17,7 +17,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gpt2_hf.config import ConfigError, RunConfig
+from gpt2_hf.cli import ConfigError
+from gpt2_hf.config import RunConfig
 from gpt2_hf.data.shards import ShardError
 from gpt2_hf.data.stream import TokenStream
 from gpt2_hf.metrics import Throughput, read_rows

@@ -21,7 +21,7 @@ ERRORS = {
     "broken": "not valid UTF-8 or JSON",
     "no_text": "no text in the text field",
     "surrogate": "not valid Unicode",
-    "too_long": "a line of more than 128 MiB",
+    "too_long": "a line of more than 64 MiB",
     "damaged": "the file cannot be read from here on",
 }
 FILTERS = {

@@ -27,8 +27,8 @@ TASK_BYTES = 64 * 2**20  # input bytes of one task: large files are cut, small f
 SHARE_BYTES = 8 * 2**20  # compressed bytes that are worth another task
 SHARES = 8  # at most so many tasks read one compressed file, and no more than 2 * SHARES read all
 STRIPE_BYTES = 2**16  # of text: the tasks that share a file take turns with stripes of lines
-TXT_BYTES = 64 * 2**20  # a longer .txt is no document, but a corpus: it is cut at a line end
-LINE_BYTES = 128 * 2**20  # a longer line of .jsonl is not read
+TXT_BYTES = 32 * 2**20  # a longer .txt is no document, but a corpus: it is cut at a line end
+LINE_BYTES = 64 * 2**20  # a longer line of .jsonl is not read
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
 
 Row = tuple[Any, dict[str, Any]]  # a document's fields, and where it stands; "skipped" there says why it is unusable
@@ -306,15 +306,16 @@ def _json_rows(piece: Piece) -> Iterator[Row]:
                 position += len(more)
                 if mine:
                     yield None, place | {"skipped": "too_long"}
-            elif mine:
+            elif mine and not line.isspace():
                 try:
-                    row = json.loads(text) if (text := line.decode("utf-8-sig" if first else "utf-8").strip()) else None
+                    text = line.decode("utf-8-sig" if first else "utf-8")
+                    del line  # 50 MB, perhaps, and so has each form of it
+                    row = json.loads(text)
+                    del text
                 except (ValueError, RecursionError):  # not UTF-8, or not JSON
-                    yield None, place
-                    continue
-                if text:
-                    del line, text  # 50 MB each, perhaps
-                    yield row, place
+                    row = None
+                yield row, place
+                del row
 
 
 def _lines_of(file: io.BufferedIOBase, piece: Piece) -> tuple[dict[str, int], bytes]:

@@ -76,7 +76,9 @@ def encode_document(text: str) -> np.ndarray:
     encoder = bulk_encoder()
     try:
         ids = [
-            encoder.encode_to_numpy(piece, allowed_special=_NO_SPECIAL, disallowed_special=_NO_SPECIAL)
+            encoder.encode_to_numpy(piece, allowed_special=_NO_SPECIAL, disallowed_special=_NO_SPECIAL).astype(
+                np.uint16
+            )
             for part in _parts(text)
             for piece in _safe_pieces(part)
         ]
@@ -87,7 +89,7 @@ def encode_document(text: str) -> np.ndarray:
             f"lone surrogate U+{ord(found[0]):04X} at character {found.start():,} of {len(text):,}: "
             "repair the text, or leave it out"
         ) from None
-    return np.concatenate([*ids, [EOT]], dtype=np.uint16, casting="unsafe")
+    return np.concatenate([*ids, np.array([EOT], np.uint16)])
 
 
 def _parts(text: str) -> Iterator[str]:
