@@ -13,7 +13,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from gpt2_hf.cli import parse_cli
 from gpt2_hf.config import RunConfig
-from gpt2_hf.data.inspection import draw_lengths, inspect_data, render
+from gpt2_hf.data.inspection import inspect_data
+from gpt2_hf.data.inspection_text import draw_lengths, render
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ from test_stream import reference_epoch
 from gpt2_hf.cli import ConfigError, parse_cli
 from gpt2_hf.config import RunConfig
 from gpt2_hf.data import inspection as module
-from gpt2_hf.data.inspection import draw_lengths, first_batch, inspect_data, render
+from gpt2_hf.data.inspection import first_batch, inspect_data
+from gpt2_hf.data.inspection_text import draw_lengths, render
 from gpt2_hf.data.shards import ShardError, open_split
 from gpt2_hf.data.tokenizer import EOT, load_tokenizer
 
