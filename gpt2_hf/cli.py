@@ -1,7 +1,7 @@
 """How a recipe and the command line set the knobs of a dataclass.
 
 Precedence: defaults < recipe (``--config FILE``) < command line (``--section.name value``), wherever ``--config``
-stands. Unknown keys are refused; whole numbers may be written 1e6, and dashes for underscores.
+stands. Unknown keys are refused; whole numbers may be written 1e6, lists a,b, and dashes for underscores.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def parse_cli(cls: type[ConfigT], argv: list[str] | None = None, positional: str
         if positional:
             overrides = _name_positionals(overrides, positional)
         flags = [flag for path in recipes for flag in _recipe_flags(Path(path), typed)]
-        flags += [_whole_number(flag, typed) for flag in _join_values(overrides, typed)]
+        flags += [_plain_value(flag, typed) for flag in _join_values(overrides, typed)]
         parser.add_class_arguments(cls, None, as_group=False)
         parsed = parser.parse_args(flags)
         values = parsed.clone().as_dict()
@@ -114,7 +114,7 @@ def _recipe_flags(path: Path, typed: dict[str, Any]) -> list[str]:
             else:
                 _check_known(name, typed, f"{path}: ")
                 text = value if isinstance(value, str) else json.dumps(value)
-                flags.append(_whole_number(f"--{name}={text}", typed))
+                flags.append(_plain_value(f"--{name}={text}", typed))
 
     walk(recipe, "")
     return flags
@@ -150,10 +150,13 @@ def _check_known(name: str, typed: dict[str, Any], where: str) -> None:
     raise ConfigError(f"{where}unknown key {name!r}{f'; did you mean {close[0]!r}?' if close else '; see --help'}")
 
 
-def _whole_number(flag: str, typed: dict[str, Any]) -> str:
-    """Write 1e6 or 1_000_000 as 1000000 where a whole number is wanted."""
+def _plain_value(flag: str, typed: dict[str, Any]) -> str:
+    """Write 1e6 or 1_000_000 as 1000000 where a whole number is wanted, and a,b as ["a", "b"] where a list is."""
     name, _, text = flag[2:].partition("=")
     annotation = typed.get(name)
+    if get_origin(annotation) in (tuple, list) and text and text[0] not in "[(":
+        items = text.split(",")
+        return f"--{name}={json.dumps(items)}" if str in get_args(annotation) else f"--{name}=[{text}]"
     wanted = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     if int not in wanted or float in wanted:
         return flag

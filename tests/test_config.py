@@ -102,6 +102,13 @@ def test_recipes_are_valid_and_divide_on_1_and_8_processes(path):
         assert config.grad_accum_steps(world_size) >= 1
 
 
+def test_lists_may_be_written_plainly():
+    config = parse_cli(RunConfig, ["--train.trackers", "wandb,tensorboard", "--optim.betas", "0.8,0.9"])
+    assert (config.train.trackers, config.optim.betas) == (["wandb", "tensorboard"], (0.8, 0.9))
+    config = parse_cli(RunConfig, ["--train.trackers", "[wandb]", "--optim.betas=[0.7, 0.9]"])
+    assert (config.train.trackers, config.optim.betas) == (["wandb"], (0.7, 0.9))
+
+
 def test_every_knob_is_used_by_a_recipe_or_has_a_stated_reason():
     """Knobs multiply if nobody counts them. A new one belongs in a recipe, or in this list with its reason."""
     reasons = {

@@ -94,6 +94,14 @@ def test_the_jobs_given_to_slurm_give_the_same_bytes(tmp_path: Path, monkeypatch
     assert "already prepared" in capsys.readouterr().out
 
 
+def test_a_missing_cluster_is_said_at_once(tmp_path: Path, monkeypatch, source: Path):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    config = PrepareConfig((str(source),), out=str(tmp_path / "out"), executor="slurm", slurm_partition="cpu")
+    with pytest.raises(ValueError, match="sbatch is not there"):
+        prepare(config)
+    assert not (tmp_path / "out").exists()
+
+
 def test_slurm_needs_a_partition():
     with pytest.raises(ValueError, match="sinfo"):
         PrepareConfig(("a.txt",), out="o", executor="slurm")

@@ -13,6 +13,7 @@ that it had not finished.
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -157,10 +158,16 @@ def prepare(config: PrepareConfig) -> Path:
         _check_same(config, json.loads(manifest_path.read_text(encoding="utf-8")))
         print(f"{manifest_path}: already prepared")
     else:
+        if config.executor == "slurm" and not shutil.which("sbatch"):
+            raise ValueError(
+                "sbatch is not there: run this where Slurm jobs are submitted, or choose another --executor"
+            )
+        if config.executor == "ray" and not importlib.util.find_spec("ray"):
+            raise ValueError("Ray is not there: pip install ray, or choose another --executor")
         facts, source, tasks = plan(config.source())
+        # The plan is this run's identity: a later start with the same plan goes on with it.
+        identity = {"config": config.recorded(), "source": facts, "task_bytes": TASK_BYTES}
         with _only_writer(out):
-            # The plan is this run's identity: a later start with the same plan goes on with it.
-            identity = {"config": config.recorded(), "source": facts, "task_bytes": TASK_BYTES}
             _start_or_resume(out, identity, config.overwrite)
             _run(_stages(config, facts, source, tasks), config)
         if config.executor == "slurm":
