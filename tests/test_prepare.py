@@ -5,6 +5,7 @@ Tokens are compared with the `tokenizers` library's, which preparation does not 
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -430,6 +431,70 @@ def test_wikipedia_is_left_out_when_asked(tmp_path: Path):
         inputs = (str(tmp_path / "docs.jsonl"),)
         prepare(PrepareConfig(inputs, out=str(out), workers=1, val_fraction=0, exclude_wikipedia=exclude))
         assert documents(out, "train") == expected(kept)
+
+
+@pytest.mark.parametrize("contaminated", ["drop", "report"])
+def test_near_copies_and_evaluation_text_are_dropped_and_reported(tmp_path: Path, contaminated: str):
+    from gpt2_hf.data.tokenizer import ASSETS
+
+    words = ["".join(letters) for letters in itertools.product("bcdfg", "aeiou", "klmnp", "aeiou", "rst")]
+    clean = [" ".join(random.Random(i).choices(words, k=200)) for i in range(30)]
+    near = clean[3].replace(clean[3].split()[100], "another", 1)
+    with gzip.open(ASSETS / "hellaswag_val.jsonl.gz", "rt") as file:
+        item = json.loads(next(itertools.islice(file, 17, None)))
+    leaked = f"{clean[5][:300]} {item['ctx']} {item['endings'][item['label']]} {clean[6][:300]}"
+    own = "a question of one's own that nobody else would ever ask in just these few words of mine"
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"question": own.upper()}))
+    texts = [*clean, near, clean[4], leaked, f"{clean[7][:200]}. {own}, he said."]
+    source = write_jsonl(tmp_path / "docs.jsonl", texts)
+    out = tmp_path / "out"
+    config = PrepareConfig(
+        (str(source),),
+        out=str(out),
+        workers=1,
+        val_fraction=0,
+        dedup="minhash",
+        decontaminate=("hellaswag", str(tmp_path / "mine.jsonl")),
+        contaminated=contaminated,
+    )
+    prepare(config)
+    report = json.loads((out / "report.json").read_text())
+    found = {reason: entry["documents"] for reason, entry in report["dropped"].items() if entry["documents"]}
+    kind = {"drop": "dropped", "report": "reported"}[contaminated]
+    where = {e["detail"].partition(":")[0]: e for e in report[kind]["contaminated"]["examples"]}
+    assert set(where) == {"hellaswag", "mine"} and where["hellaswag"]["line"] == 33
+    assert where["mine"]["text"] == texts[33][:100]
+    if contaminated == "drop":
+        assert found == {"near_duplicate": 2, "contaminated": 2}
+        assert documents(out, "train") == expected(clean)
+    else:
+        assert found == {"near_duplicate": 2} and report["reported"]["contaminated"]["documents"] == 2
+        assert documents(out, "train") == expected([*clean, *texts[32:]])
+    lines = (out / "logs" / "dropped.txt").read_text().splitlines()
+    assert [int(line.split(":")[1]) for line in lines] == [31, 32, 33, 34]
+    assert ("(kept)" in lines[-1]) == (contaminated == "report")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_a_document_of_50_megabytes_fits_in_a_worker(tmp_path: Path):
+    text = " ".join(random.Random(0).choices(WORDS, k=200_000))
+    text = (text * (50_000_000 // len(text.encode()) + 1))[: 50_000_000 * len(text) // len(text.encode())]
+    write_jsonl(tmp_path / "docs.jsonl", [TEXTS[0], text, TEXTS[1]])
+    measure = """
+import sys
+from gpt2_hf.data.prepare import PrepareConfig, prepare
+prepare(PrepareConfig((sys.argv[1],), out=sys.argv[2], workers=1, val_fraction=0))
+peak = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")]
+print(int(peak[0]) // 1024)  # not ru_maxrss, which begins with that of the process that started this one
+"""
+    command = [sys.executable, "-c", measure, str(tmp_path / "docs.jsonl"), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) < 600
+    first, long, last = documents(tmp_path / "out", "train")
+    assert [first, last] == expected(TEXTS[:2])
+    assert load_tokenizer().decode(long[:-1]) == text
 
 
 def test_the_report_accounts_for_every_document(tmp_path: Path):
