@@ -258,8 +258,8 @@ def test_waits_says_so_and_reads_the_same_bytes(proxy, bucket, tmp_path, caplog,
     caplog.clear()
     proxy.plan = faults("0.ds", "", fault, fault)
     assert folder.map("train/0.ds", "u1").tobytes() == random_bytes(300 * KB, 0)
-    # A connection that was in use before and is reset is tried once more by aiohttp itself; and on a busy machine a good
-    # answer may take more than a second.
+    # A connection that was in use before and is reset is tried once more by aiohttp itself; and on a busy machine a
+    # good answer may take more than a second.
     assert len(waits(caplog)) in {"reset": (1, 2), "stall": range(2, 9), "trickle": range(2, 9)}.get(fault, (2,))
     for line in waits(caplog):
         assert line.startswith(f"{bucket}/train/0.ds: ") and reason in line and "\n" not in line
