@@ -29,7 +29,7 @@ ALLOWED = {
     "data.audit": set(),
     "data.read": {"data.tokenizer"},
     "data.write": {"data.audit", "data.read", "data.shards", "data.tokenizer"},
-    "data.prepare": {"data.clean", "data.export", "data.read", "data.write"},
+    "data.prepare": {"data.audit", "data.clean", "data.export", "data.read", "data.shards", "data.write"},
     "data.speed": {"data.prepare", "data.read", "data.tokenizer", "data.write"},
     "documents": set(),
     "cli": set(),

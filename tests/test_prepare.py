@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -257,7 +258,7 @@ def damaged(path: Path, texts: list[str]) -> Path:
 @pytest.mark.parametrize("name", ["cut.jsonl.gz", "cut.jsonl.zst", "cut.parquet"])
 def test_a_damaged_file_is_read_up_to_the_damage_or_stops_the_run(tmp_path: Path, name: str, wanted, capsys):
     noise = np.random.default_rng(0)
-    long = [f"{i} " + noise.bytes(300).hex() for i in range(1000)]
+    long = [f"{i} " + noise.bytes(1500).hex() for i in range(1500)]
     source = damaged(tmp_path / name, long)
     good = write_jsonl(tmp_path / "good.jsonl", TEXTS)
     config = PrepareConfig((str(source), str(good)), out=str(tmp_path / "out"), workers=1, val_fraction=0)
@@ -527,7 +528,7 @@ def test_documents_are_held_out_by_id(tmp_path: Path, wanted):
     config = PrepareConfig((str(source),), out=str(tmp_path / "out"), workers=1, val_ids=("d7", "d100"))
     prepare(config)
     assert documents(tmp_path / "out", "val") == [wanted[7], wanted[100]]
-    with pytest.raises(ValueError, match="found 1 of 2"):
+    with pytest.raises(ValueError, match=r"found 1 of 2 documents, not \['nobody'\]"):
         prepare(PrepareConfig((str(source),), out=str(tmp_path / "other"), workers=1, val_ids=("d7", "nobody")))
 
 
@@ -578,12 +579,12 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch, capsys):
     with pytest.raises(OSError, match="No space"):
         prepare(config)
     with pytest.raises(ValueError, match="unfinished preparation of something else"):
-        prepare(PrepareConfig(**{**vars(config), "tokens_per_shard": 7}))
+        prepare(PrepareConfig(**{**vars(config), "text_field": "body"}))
     prepare(config)
     assert "going on" in capsys.readouterr().out
     assert calls < 150 + 250  # the finished tasks were not done again
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-    assert not (tmp_path / "out" / "parts").exists()
+    assert not (tmp_path / "out" / ".preparing").exists()
 
 
 DRIVER = """
@@ -594,6 +595,107 @@ read.TASK_BYTES = 40_000
 if __name__ == "__main__":
     prepare(PrepareConfig((sys.argv[1],), out=sys.argv[2], workers=2, tokens_per_shard=20_000, dedup=sys.argv[3]))
 """
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, monkeypatch) -> PrepareConfig:
+    """A preparation that was stopped when all but the last stage was done."""
+    source = write_jsonl(tmp_path / "docs.jsonl", TEXTS)
+    config = PrepareConfig((str(source),), out=str(tmp_path / "out"), workers=1, val_documents=9)
+    with monkeypatch.context() as patch:
+        patch.setattr(writing.WriteShards, "_cut_shards", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(config)
+    return config
+
+
+def test_inputs_that_changed_meanwhile_are_not_mixed(tmp_path: Path, interrupted: PrepareConfig):
+    source = Path(interrupted.inputs[0])
+    source.write_text(source.read_text().replace("sea", "SEA"))  # of the same size
+    with pytest.raises(ValueError, match="unfinished preparation of something else"):
+        prepare(interrupted)
+    prepare(PrepareConfig(**{**vars(interrupted), "overwrite": True}))
+    found = documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")
+    assert sorted(found) == sorted(expected([text.replace("sea", "SEA") for text in TEXTS]))
+    source.write_text(source.read_text().replace("SEA", "sea"))
+    with pytest.raises(ValueError, match="inputs that have changed"):
+        prepare(interrupted)
+
+
+def test_another_split_keeps_the_finished_tasks(tmp_path: Path, monkeypatch, interrupted: PrepareConfig):
+    monkeypatch.setattr(writing, "encode_document", lambda text: 1 / 0)
+    prepare(PrepareConfig(**{**vars(interrupted), "val_documents": 3, "tokens_per_shard": 2000}))
+    assert len(documents(tmp_path / "out", "val")) == 3
+    assert len(list((tmp_path / "out" / "train").glob("*.ds"))) > 1
+
+
+def test_what_was_skipped_is_remembered_when_errors_must_stop(tmp_path: Path):
+    (tmp_path / "docs.jsonl").write_text('{"text": "good"}\n{\n{"text": "fine"}\n')
+    config = PrepareConfig((str(tmp_path / "docs.jsonl"),), out=str(tmp_path / "out"), workers=1)
+    prepare(config)
+    with pytest.raises(ValueError, match=r"was prepared without \{'broken': 1\}"):
+        prepare(PrepareConfig(**{**vars(config), "on_error": "stop"}))
+
+
+def test_a_saved_dataset_that_changed_is_noticed(tmp_path: Path):
+    import datasets
+
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(tmp_path / "saved")
+    config = PrepareConfig(dataset=str(tmp_path / "saved"), out=str(tmp_path / "out"), workers=1)
+    prepare(config)
+    prepare(config)
+    datasets.Dataset.from_dict({"text": TEXTS[1:]}).save_to_disk(tmp_path / "other" / "saved")
+    with pytest.raises(ValueError, match="inputs that have changed"):
+        prepare(PrepareConfig(**{**vars(config), "dataset": str(tmp_path / "other" / "saved")}))
+
+
+def test_a_lost_shard_is_noticed(tmp_path: Path):
+    config = PrepareConfig((str(write_jsonl(tmp_path / "docs.jsonl", TEXTS)),), out=str(tmp_path / "out"), workers=1)
+    prepare(config)
+    (tmp_path / "out" / "train" / "00000.ds").unlink()
+    with pytest.raises(ValueError, match=r"00000\.ds is missing or cut short: pass --overwrite true"):
+        prepare(config)
+
+
+@pytest.mark.parametrize("name", ["train/a.jsonl", "llmc/a.jsonl", ".preparing/a.jsonl", "a.jsonl"])
+def test_nothing_is_read_from_where_it_would_be_written(tmp_path: Path, name: str):
+    source = tmp_path / "out" / name
+    source.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(source, TEXTS)
+    for given in (source, source.parent):
+        with pytest.raises(ValueError, match="lies in --out"):
+            prepare(PrepareConfig((str(given),), out=str(tmp_path / "out"), workers=1))
+    assert source.exists()
+
+
+def test_an_output_inside_the_input_is_not_read_again(tmp_path: Path, wanted, capsys):
+    write_jsonl(tmp_path / "docs.JSONL", TEXTS)
+    (tmp_path / ".hidden").mkdir()
+    write_jsonl(tmp_path / ".hidden" / "docs.jsonl", TEXTS[:3])
+    (tmp_path / "bad.jsonl").write_text("{")  # so that there are logs
+    config = PrepareConfig((str(tmp_path),), out=str(tmp_path / "in" / "out"), workers=1, val_fraction=0)
+    prepare(config)
+    assert documents(tmp_path / "in" / "out", "train") == wanted
+    prepare(config)
+    assert "already prepared" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_run_and_the_next_start_goes_on(tmp_path: Path):
+    source = write_jsonl(tmp_path / "docs.jsonl", [f"{i} {' '.join(TEXTS)}" for i in range(4000)])
+    (tmp_path / "driver.py").write_text(DRIVER.replace("40_000", "20_000_000"))
+    command = [sys.executable, str(tmp_path / "driver.py"), str(source), str(tmp_path / "out"), "none"]
+    start = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **start)
+    marks: list[Path] = []
+    while not marks:
+        time.sleep(0.01)
+        marks = list((tmp_path / "out" / ".preparing" / "running").glob("*"))
+    os.kill(int(marks[0].suffix[1:]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1 and "a worker was killed, probably because memory ran out" in errors
+    assert subprocess.run(command, capture_output=True, **start).returncode == 0
+    assert len(documents(tmp_path / "out", "train")) + len(documents(tmp_path / "out", "val")) == 4000
 
 
 @pytest.mark.slow

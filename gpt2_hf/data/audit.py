@@ -39,6 +39,7 @@ class Tally:
     def __init__(self) -> None:
         self.counts: dict[str, Counter[str]] = {"read": Counter(), "dropped": Counter(), "reported": Counter()}
         self.bytes: Counter[str] = Counter()  # of text, by reason for dropping
+        self.named: set[str] = set()  # ids of the kept documents that were named for validation
         self.reports: list[dict[str, Any]] = []
 
     def add(self, reason: str, place: dict[str, Any], text: str = "", n_bytes: int = 0, kept: bool = False) -> None:
@@ -55,13 +56,14 @@ class Tally:
         self.reports.append({"reason": reason, **shown, **excerpt, "kept": kept})
 
     def as_json(self) -> dict[str, Any]:
-        return {**self.counts, "bytes": self.bytes, "reports": self.reports}
+        return {**self.counts, "bytes": self.bytes, "named": sorted(self.named), "reports": self.reports}
 
     def include(self, found: dict[str, Any]) -> None:
         """Add what `as_json` of another tally gave."""
         for name, counter in self.counts.items():
             counter.update(found[name])
         self.bytes.update(found["bytes"])
+        self.named.update(found["named"])
         self.reports += found["reports"]
 
 

@@ -10,14 +10,17 @@ the same text goes the same way from a .txt, a .jsonl or a .parquet file. A run 
 that it had not finished.
 """
 
+import _thread
 import contextlib
 import ctypes
+import errno
 import functools
 import importlib.util
 import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -28,13 +31,17 @@ from typing import Any, Literal
 
 import numpy as np
 
+from .audit import ERRORS
 from .clean import MarkContaminated, MarkNearDuplicates, Stage, describe_evaluations, minhash_stages
 from .export import export_llmc
 from .read import TASK_BYTES, Piece, ReadDocuments, Source, describe, find_files, plan
+from .shards import FORMAT, VERSION
 from .write import RECORD, Split, WriteShards, WriteTokens, write_json
 
 SHAKESPEARE_VAL = ("a-midsummer-night-s-dream", "macbeth")
-OUR_FOLDERS = ("train", "val", "logs")
+WORK = ".preparing"  # below --out while it works: the plan, tokens by task, what the stages leave for each other
+RESULTS = ("train", "val", "logs", "llmc", "report.json", "report.md")
+SETTLED_LATE = ("tokens_per_shard", "val_fraction", "val_documents")  # by the last stage: finished tasks stay good
 REMEDY = "choose another --out, or pass --overwrite true"
 
 
@@ -141,7 +148,10 @@ class PrepareConfig:
         return values
 
     def source(self) -> Source:
-        return Source(**{item.name: getattr(self, item.name) for item in fields(Source)})
+        values = {item.name: getattr(self, item.name) for item in fields(Source)}
+        if self.separator:  # as it is typed in a shell
+            values["separator"] = self.separator.replace("\\n", "\n").replace("\\t", "\t")
+        return Source(**values)
 
 
 def prepare(config: PrepareConfig) -> Path:
@@ -154,8 +164,8 @@ def prepare(config: PrepareConfig) -> Path:
     config = config.resolved()
     out = Path(config.out)
     manifest_path = out / "manifest.json"
-    if manifest_path.exists() and not config.overwrite:
-        _check_same(config, json.loads(manifest_path.read_text(encoding="utf-8")))
+    if (done := _read_manifest(manifest_path)) is not None and not config.overwrite:
+        _check_same(config, done)
         print(f"{manifest_path}: already prepared")
     else:
         if config.executor == "slurm" and not shutil.which("sbatch"):
@@ -164,16 +174,18 @@ def prepare(config: PrepareConfig) -> Path:
             )
         if config.executor == "ray" and not importlib.util.find_spec("ray"):
             raise ValueError("Ray is not there: pip install ray, or choose another --executor")
-        facts, source, tasks = plan(config.source())
+        facts, source, tasks = plan(config.source(), out)
         # The plan is this run's identity: a later start with the same plan goes on with it.
-        identity = {"config": config.recorded(), "source": facts, "task_bytes": TASK_BYTES}
+        recorded = {key: value for key, value in config.recorded().items() if key not in SETTLED_LATE}
+        changed = [os.stat(piece.path).st_mtime_ns for task in tasks for piece in task if piece.kind != "rows"]
+        identity = {"config": recorded, "source": facts, "task_bytes": TASK_BYTES, "changed": changed}
         with _only_writer(out):
-            _start_or_resume(out, identity, config.overwrite)
+            _start_or_resume(out, identity, config)
             _run(_stages(config, facts, source, tasks), config)
         if config.executor == "slurm":
             return manifest_path
         print(f"{manifest_path}: written")
-    shutil.rmtree(out / "parts", ignore_errors=True)
+    shutil.rmtree(out / WORK, ignore_errors=True)
     if config.export == "llmc" and not (out / "llmc").exists():
         export_llmc(out, out / "llmc")
         print(f"{out / 'llmc'}: written for llm.c")
@@ -183,36 +195,61 @@ def prepare(config: PrepareConfig) -> Path:
 def _stages(config: PrepareConfig, facts: dict[str, Any], source: Source, tasks: list[list[Piece]]) -> list[Stage]:
     """The pipelines, in order."""
     out = Path(config.out).absolute()  # jobs of a cluster run elsewhere
-    parts = out / "parts"
-    read = ReadDocuments(source, tasks)
+    work = out / WORK
+    read = ReadDocuments(source, tasks, str(work / "running"))
     stages: list[Stage] = []
     steps: list[Callable] = [read]
     if config.dedup == "minhash":
-        stages += minhash_stages(read, str(parts / "minhash"), len(tasks))
-        steps.append(MarkNearDuplicates(str(parts / "minhash")))
+        stages += minhash_stages(read, str(work / "minhash"), len(tasks))
+        steps.append(MarkNearDuplicates(str(work / "minhash")))
     if config.decontaminate:
         evaluations = tuple(str(Path(e).absolute()) if Path(e).exists() else e for e in config.decontaminate)
         steps.append(MarkContaminated(evaluations, config.decontaminate_ngram, config.contaminated))
-    steps.append(WriteTokens(str(parts), config.val_ids, config.on_error == "stop"))
+    stop = config.on_error == "stop"
+    steps.append(WriteTokens(str(work), config.val_ids, stop))
     split = Split(
         config.val_fraction, config.val_documents, config.val_ids, config.tokens_per_shard, config.dedup != "none"
     )
-    shards = WriteShards(str(out), split, tasks, config.recorded(), facts)
+    shards = WriteShards(str(out), str(work), split, tasks, config.recorded(), facts, stop)
     return [*stages, Stage("tokens", steps, len(tasks)), Stage("shards", [shards], 1)]
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest of a finished preparation, if there is one."""
+    if not path.exists():
+        return None
+    try:
+        done = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        done = None
+    if not isinstance(done, dict) or done.get("format") != FORMAT:
+        raise ValueError(f"{path} was not written by this program, or is damaged: choose another --out")
+    return done
 
 
 def _check_same(config: PrepareConfig, done: dict[str, Any]) -> None:
     """Raise ValueError unless the manifest `done` is what `config` would give."""
-    if done.get("format") != "gpt2_hf/shards":
-        raise ValueError(f"{config.out}/manifest.json was not written by this program: choose another --out")
+    out = Path(config.out)
+    if done.get("version") != VERSION:
+        raise ValueError(f"{out} was prepared by an earlier version: {REMEDY}")
     old, new = done.get("config", {}), config.recorded()
     if old != new:
         changes = ", ".join(f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key])
         raise ValueError(f"{config.out} was prepared with other settings ({changes}): {REMEDY}")
-    # Shards whose inputs were deleted since stay good.
+    # Shards whose inputs were deleted since stay good. What the Hub has now is not asked.
     with contextlib.suppress(FileNotFoundError):
-        if config.inputs and describe(find_files(config.inputs)) != done.get("source"):
-            raise ValueError(f"{config.out} was prepared from inputs that have changed since: {REMEDY}")
+        saved = config.dataset and Path(config.dataset).is_dir()
+        now = describe(find_files(config.inputs, out)) if config.inputs else plan(config.source())[0] if saved else None
+        if now is not None and now != done.get("source"):
+            raise ValueError(f"{out} was prepared from inputs that have changed since: {REMEDY}")
+    for split in done["splits"].values():
+        for shard in split["shards"]:
+            path = out / shard["file"]
+            if not path.exists() or path.stat().st_size != 2 * shard["tokens"]:
+                raise ValueError(f"{path} is missing or cut short: pass --overwrite true to prepare the data again")
+    errors = {reason: count for reason, count in done["dropped"].items() if reason in ERRORS and count}
+    if config.on_error == "stop" and errors:
+        raise ValueError(f"{out} was prepared without {errors}, see {out / 'report.md'}: {REMEDY}")
 
 
 @contextlib.contextmanager
@@ -228,37 +265,54 @@ def _only_writer(out: Path) -> Iterator[None]:
         try:
             # Not flock, which the processes that datatrove forks would hold on to when this one is killed.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(
-                f"{out} is being prepared by another process: wait for it, or choose another --out"
-            ) from None
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(
+                    f"{out} is being prepared by another process: wait for it, or choose another --out"
+                ) from None
+            print(f"{out} cannot be locked ({error.strerror}): see to it that no other process prepares data there")
         yield
 
 
-def _start_or_resume(out: Path, plan: dict[str, Any], overwrite: bool) -> None:
+def _start_or_resume(out: Path, plan: dict[str, Any], config: PrepareConfig) -> None:
     """Keep the finished tasks of the same plan; clear what another one left, if that is allowed."""
-    manifest_path, plan_path = out / "manifest.json", out / "parts" / "plan.json"
-    if manifest_path.exists() and json.loads(manifest_path.read_text()).get("format") != "gpt2_hf/shards":
-        raise ValueError(f"{manifest_path} was not written by this program: choose another --out")
+    work, manifest_path = out / WORK, out / "manifest.json"
+    plan_path = work / "plan.json"
     if plan_path.exists() and not manifest_path.exists():
+        _refuse_while_queued(work / "jobs")
         unfinished = json.loads(plan_path.read_text(encoding="utf-8"))
         if unfinished == plan:
-            for part in plan_path.parent.glob("*.d*.*"):  # what killed workers had not finished
-                part.unlink()
+            if config.executor == "local":  # what killed workers had not finished
+                for part in [*work.glob("*.d*.*"), *work.glob("running/*")]:
+                    part.unlink(missing_ok=True)
+            shutil.rmtree(out / "logs" / "shards", ignore_errors=True)
             print(f"{out}: going on with an unfinished preparation")
             return
-        if unfinished and not overwrite:
+        if unfinished and not config.overwrite:
             raise ValueError(f"{out} holds an unfinished preparation of something else: {REMEDY}")
-    elif not manifest_path.exists() and (foreign := [name for name in OUR_FOLDERS if (out / name).exists()]):
+    elif not manifest_path.exists() and (foreign := [name for name in RESULTS if (out / name).exists()]):
         raise ValueError(f"{out} holds {', '.join(foreign)} from elsewhere: choose another --out, or move them away")
-    plan_path.parent.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     write_json(plan_path, {})  # if this is cut short, the next start knows that the rest may be cleared
     manifest_path.unlink(missing_ok=True)
-    for name in (*OUR_FOLDERS, "llmc", "parts/minhash"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for part in plan_path.parent.glob("[0-9]*"):
-        part.unlink()
+    for path in (*(out / name for name in RESULTS), *work.iterdir()):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path != plan_path:
+            path.unlink(missing_ok=True)
+    (work / "running").mkdir()
     write_json(plan_path, plan)
+
+
+def _refuse_while_queued(jobs: Path) -> None:
+    """Jobs of Slurm that were submitted earlier would write the same files."""
+    if jobs.exists() and shutil.which("squeue"):
+        numbers = ",".join(jobs.read_text().split())
+        queued = subprocess.run(["squeue", "--noheader", "--jobs", numbers], capture_output=True, text=True)
+        if queued.stdout.strip():
+            raise ValueError(
+                f"jobs of an earlier start are queued (squeue --jobs {numbers}): wait for them, or scancel them"
+            )
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -269,6 +323,7 @@ def _run(stages: list[Stage], config: PrepareConfig) -> None:
     out = Path(config.out).absolute()
     log = out / "logs" / "datatrove.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    jobs: list[str] = []
     before = None
     for stage in stages:
         with _stderr_to(log):
@@ -276,16 +331,28 @@ def _run(stages: list[Stage], config: PrepareConfig) -> None:
         if config.executor == "slurm":
             with _stderr_to(log):
                 executor.run()
+            if executor.job_id != -1:
+                jobs.append(str(executor.job_id))
+                (out / WORK / "jobs").write_text("\n".join(jobs))
             state = "finished before" if executor.job_id == -1 else f"job {executor.job_id}"
             print(f"{stage.name}: {stage.tasks} task(s), {state}", flush=True)
             before = executor
             continue
         if stage.name != "shards":
             print(f"{config.out}: {stage.name}, {stage.tasks} task(s), log in {log}", flush=True)
-        show = _count_documents(out / "parts") if stage.name == "tokens" else None
+        show = _count_documents(out / WORK) if stage.name == "tokens" else None
         completions = out / "logs" / stage.name / "completions"
-        with _progress(completions, stage, show), _children_die_with_us(), _stderr_to(log):
-            executor.run()
+        lost = _lost_workers(out / WORK / "running") if config.executor == "local" else None
+        try:
+            with _progress(completions, stage, show, lost), _children_die_with_us(), _stderr_to(log):
+                executor.run()
+        except KeyboardInterrupt:
+            if lost is None or not lost():
+                raise
+            raise OSError(
+                f"{stage.name}: a worker was killed, probably because memory ran out: use fewer --workers; the same "
+                "command goes on with what is not done"
+            ) from None
         if (done := sum(1 for _ in completions.iterdir())) < stage.tasks:  # Ray's executor only logs what failed
             raise OSError(f"{stage.name}: {stage.tasks - done} of {stage.tasks} tasks failed, see {log}")
     if config.executor == "slurm":
@@ -343,11 +410,30 @@ def _count_documents(parts: Path) -> Callable[[], np.ndarray]:
     return count
 
 
+def _lost_workers(running: Path) -> Callable[[], bool]:
+    """A function that says whether a process vanished in the middle of a task: datatrove would wait for it for ever."""
+
+    def lost() -> bool:
+        for marker in running.glob("*"):
+            try:
+                os.kill(int(marker.suffix[1:]), 0)
+            except ProcessLookupError:
+                if marker.exists():  # else it has just ended as it should
+                    return True
+        return False
+
+    return lost
+
+
 @contextlib.contextmanager
 def _progress(
-    completions: Path, stage: Stage, count: Callable[[], np.ndarray] | None, seconds: float = 5.0
+    completions: Path,
+    stage: Stage,
+    count: Callable[[], np.ndarray] | None,
+    lost: Callable[[], bool] | None,
+    seconds: float = 5.0,
 ) -> Iterator[None]:
-    """Print a line of progress now and then, from what the workers have written so far."""
+    """Print a line of progress now and then, from what the workers have written so far; stop when one is lost."""
     began, stop = time.monotonic(), threading.Event()
     tasks_before = sum(1 for _ in completions.glob("*"))
     before = np.zeros(2) if count is None else count()
@@ -370,6 +456,9 @@ def _progress(
     def repeat() -> None:
         while not stop.wait(seconds):
             show()
+            if lost and lost():
+                _thread.interrupt_main()
+                return
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

@@ -11,6 +11,8 @@ import gzip
 import hashlib
 import io
 import json
+import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -24,12 +26,15 @@ if TYPE_CHECKING:
     from datatrove.data import Document
 
 TASK_BYTES = 64 * 2**20  # input bytes of one task: large files are cut, small files are put together
-SHARE_BYTES = 8 * 2**20  # compressed bytes that are worth another task
+SHARE_BYTES = 16 * 2**20  # compressed bytes that are worth another task
 SHARES = 8  # at most so many tasks read one compressed file, and no more than 2 * SHARES read all
 STRIPE_BYTES = 2**16  # of text: the tasks that share a file take turns with stripes of lines
 TXT_BYTES = 32 * 2**20  # a longer .txt is no document, but a corpus: it is cut at a line end
 LINE_BYTES = 64 * 2**20  # a longer line of .jsonl is not read
+COMPRESSED = (".gz", ".zst")
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
+SAMPLE_BYTES = 2**16  # of a file's beginning, middle and end, which tell whether it has changed
+BOM = b"\xef\xbb\xbf"
 
 Row = tuple[Any, dict[str, Any]]  # a document's fields, and where it stands; "skipped" there says why it is unusable
 
@@ -67,14 +72,14 @@ class Piece:
     end: int
 
 
-def plan(source: Source) -> tuple[dict[str, Any], Source, list[list[Piece]]]:
+def plan(source: Source, out: str | Path | None = None) -> tuple[dict[str, Any], Source, list[list[Piece]]]:
     """What is read, in few words for the manifest; the source with its revision settled; the pieces of each task.
 
-    Raises ValueError or OSError with one line that says what to do.
+    Files below `out` are not inputs. Raises ValueError or OSError with one line that says what to do.
     """
     if source.dataset:
         return _plan_dataset(source)
-    files = find_files(source.inputs)
+    files = find_files(source.inputs, out)
     tasks: list[list[Piece]] = [[]]
     room = TASK_BYTES
     for path in files:
@@ -93,12 +98,12 @@ def plan(source: Source) -> tuple[dict[str, Any], Source, list[list[Piece]]]:
 def _cut(path: Path, size: int, n_files: int, separator: str | None) -> list[Piece]:
     """The pieces of one file."""
     name = str(path)
-    if path.suffix in (".gz", ".zst"):
+    if path.suffix.lower() in COMPRESSED:
         shares = 1
         if _format(path) != ".txt":
             shares = max(1, min(SHARES, 2 * SHARES // n_files, size // SHARE_BYTES))
         return [Piece(name, "share", share, shares) for share in range(shares)]
-    if path.suffix == ".parquet":
+    if _format(path) == ".parquet":
         groups = 1
         with contextlib.suppress(*_read_errors(name)):  # a damaged file is reported when it is read
             import pyarrow.parquet
@@ -107,30 +112,45 @@ def _cut(path: Path, size: int, n_files: int, separator: str | None) -> list[Pie
         pieces = max(1, min(groups, round(size / TASK_BYTES)))
         borders = pairwise(groups * i // pieces for i in range(pieces + 1))
         return [Piece(name, "groups", start, end) for start, end in borders]
-    whole = path.suffix == ".txt" and (separator is not None or size <= TXT_BYTES)
-    step = max(size, 1) if whole else TXT_BYTES if path.suffix == ".txt" else TASK_BYTES
+    text = _format(path) == ".txt"
+    whole = text and (separator is not None or size <= TXT_BYTES)
+    step = max(size, 1) if whole else TXT_BYTES if text else TASK_BYTES
     return [Piece(name, "bytes", start, min(start + step, size)) for start in range(0, max(size, 1), step)]
 
 
 def describe(files: list[Path]) -> dict[str, Any]:
-    """The files by number, size and a hash of their names and sizes."""
-    listing = [(path.name, path.stat().st_size) for path in files]
-    digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-    return {"files": len(files), "bytes": sum(size for _, size in listing), "names_and_sizes_sha256": digest}
+    """The files by number, size and a hash of their names, sizes and parts of their content."""
+    digest, total = hashlib.sha256(), 0
+    for path in files:
+        size = path.stat().st_size
+        total += size
+        digest.update(json.dumps([path.name, size]).encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, max(size - SAMPLE_BYTES, 0)):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_BYTES))
+    return {"files": len(files), "bytes": total, "sha256_of_samples": digest.hexdigest()}
 
 
-def find_files(inputs: Iterable[str]) -> list[Path]:
-    """The files to read, in the order of the inputs, by name inside a folder or glob, each once."""
+def find_files(inputs: Iterable[str], out: str | Path | None = None) -> list[Path]:
+    """The files to read, in the order of the inputs, by name inside a folder or glob, each once; none below `out`."""
     found: dict[Path, Path] = {}
+    below = Path(out).resolve() if out else None
     for item in inputs:
         if item == "shakespeare" and not Path(item).exists():
             item = str(ASSETS / "shakespeare.jsonl.gz")
         if Path(item).is_dir():
-            paths = [path for path in Path(item).rglob("*") if path.is_file() and _format(path)]
+            # Hidden files and folders are left out, linked ones followed.
+            paths = [Path(path) for path in glob.glob(f"{glob.escape(item)}/**/*", recursive=True)]
+            paths = [path for path in paths if path.is_file() and _format(path)]
         elif Path(item).is_file():
             paths = [Path(item)]
         else:
             paths = [Path(path) for path in glob.glob(item, recursive=True) if Path(path).is_file()]
+        if below and paths:
+            paths = [path for path in paths if below not in path.resolve().parents]
+            if not paths:
+                raise ValueError(f"{item} lies in --out {out}, which is written to: choose another --out")
         if not paths:
             raise FileNotFoundError(f"{item}: no such file, or a folder without {', '.join(SUFFIXES)}: check the path")
         for path in sorted(paths):
@@ -142,8 +162,9 @@ def find_files(inputs: Iterable[str]) -> list[Path]:
 
 def _format(path: Path) -> str | None:
     """The suffix without compression, if it is one that we read."""
-    suffix = Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
-    compressed_table = path.suffix != suffix and suffix == ".parquet"
+    last = path.suffix.lower()
+    suffix = Path(path.stem).suffix.lower() if last in COMPRESSED else last
+    compressed_table = last != suffix and suffix == ".parquet"
     return suffix if suffix in SUFFIXES and not compressed_table and not path.name.startswith(".") else None
 
 
@@ -159,14 +180,16 @@ def _plan_dataset(source: Source) -> tuple[dict[str, Any], Source, list[list[Pie
         settled = Source(**asdict(source) | {"revision": revision})
         rows = _load_dataset(settled)
         saved = hasattr(rows, "data")
-        count = max(-(-rows.data.nbytes // TASK_BYTES) if saved else rows.num_shards, 1)
+        count = max(min(-(-rows.data.nbytes // TASK_BYTES), len(rows)) if saved else rows.num_shards, 1)
     except Exception as error:  # the clients' own exceptions have no common base
         raise OSError(
             f"dataset {name}: {_first_line(error)}: check its name, configuration, split and the network, "
             "or pass local files"
         ) from error
     tasks = [[Piece(name, "rows", index, count)] for index in range(count)]
-    return {"revision": revision, "tasks": count}, settled, tasks
+    # What datasets itself tells contents apart by.
+    facts = {"fingerprint": rows._fingerprint, "rows": len(rows)} if saved else {"revision": revision}
+    return {**facts, "tasks": count}, settled, tasks
 
 
 def _load_dataset(source: Source) -> Any:
@@ -194,11 +217,28 @@ class ReadDocuments:
 
     source: Source
     tasks: list[list[Piece]] = field(repr=False)  # datatrove logs every step's repr, for every task
+    running: str | None = None  # folder in which a file marks a task that a process is at work on
 
     def __call__(self, data: Any, rank: int, world_size: int) -> "Iterator[Document]":
+        with self._marked(rank):
+            yield from self._documents(self.tasks[rank])
+
+    @contextlib.contextmanager
+    def _marked(self, rank: int) -> Iterator[None]:
+        if self.running is None:
+            yield
+            return
+        marker = Path(self.running, f"{rank}.{os.getpid()}")
+        marker.touch()
+        try:
+            yield
+        finally:
+            marker.unlink(missing_ok=True)
+
+    def _documents(self, pieces: list[Piece]) -> "Iterator[Document]":
         from datatrove.data import Document
 
-        for number, piece in enumerate(self.tasks[rank]):
+        for number, piece in enumerate(pieces):
             for row, place in self.rows(piece):
                 place |= {"file": piece.path, "piece": number}
                 if "skipped" not in place and (problem := self._problem(row)):
@@ -238,20 +278,24 @@ class ReadDocuments:
             if piece.kind == "rows" or getattr(error, "errno", None) is not None:
                 raise
             last = {key: place[key] for key in ("line", "offset") if key in place}
+            if piece.kind == "share" and piece.start:  # the first to share the file reports it
+                return
             yield None, last | {"skipped": "damaged", "detail": _first_line(error)}
 
     def _txt_rows(self, piece: Piece) -> Iterator[Row]:
-        name = Path(piece.path).name.removesuffix(".gz").removesuffix(".zst").removesuffix(".txt")
+        name = re.sub(r"(\.txt)?(\.gz|\.zst)?$", "", Path(piece.path).name, flags=re.IGNORECASE)
         with _open(piece.path) as file:
             if self.source.separator is not None:
                 texts = _split(file, self.source.separator.encode(), piece.path)
             else:
-                texts = iter([_lines_of(file, piece)]) if piece.kind == "bytes" else _blocks(file)
+                texts = _lines_of(file, piece) if piece.kind == "bytes" else _blocks(file)
             for number, (place, raw) in enumerate(texts):
+                mark = len(BOM) * raw.startswith(BOM)
                 try:
-                    text = raw.decode("utf-8-sig")
+                    text = raw[mark:].decode()
                 except UnicodeDecodeError as error:
-                    wrong = raw.count(b"\n", 0, error.start) if "line" in place else error.start
+                    wrong = mark + error.start
+                    wrong = raw.count(b"\n", 0, wrong) if "line" in place else wrong
                     yield None, {key: value + wrong for key, value in place.items()}
                     continue
                 del raw
@@ -266,7 +310,7 @@ class ReadDocuments:
             number = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
             groups = range(piece.start, min(piece.end, file.num_row_groups))
             for batch in file.iter_batches(batch_size=256, columns=columns, row_groups=groups):
-                for row in batch.to_pylist():
+                for row in _rows_of(batch):
                     number += 1
                     yield row, {"line": number}
 
@@ -284,6 +328,18 @@ class ReadDocuments:
         return [name for name in names if name in (self.source.text_field, "id", "url")]
 
 
+def _rows_of(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """The rows of a batch of a table; None for one that is not UTF-8."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(batch.num_rows):
+            try:
+                yield batch.slice(i, 1).to_pylist()[0]
+            except UnicodeDecodeError:
+                yield None
+
+
 def _json_rows(piece: Piece) -> Iterator[Row]:
     """The lines that begin inside the piece, or in its stripes."""
     compressed = piece.kind == "share"
@@ -298,7 +354,8 @@ def _json_rows(piece: Piece) -> Iterator[Row]:
             # Inside a large file the number of a line is counted only if it must be reported.
             place = {"line": number} if compressed else {"offset": position}
             mine = not compressed or position // STRIPE_BYTES % piece.end == piece.start
-            first = position == 0
+            if not position and line.startswith(BOM):
+                position, line = len(BOM), line[len(BOM) :]
             position += len(line)
             if len(line) == LINE_BYTES and not line.endswith(b"\n"):
                 while (more := file.readline(LINE_BYTES)) and not more.endswith(b"\n"):
@@ -306,9 +363,9 @@ def _json_rows(piece: Piece) -> Iterator[Row]:
                 position += len(more)
                 if mine:
                     yield None, place | {"skipped": "too_long"}
-            elif mine and not line.isspace():
+            elif mine and line and not line.isspace():
                 try:
-                    text = line.decode("utf-8-sig" if first else "utf-8")
+                    text = line.decode()
                     del line  # 50 MB, perhaps, and so has each form of it
                     row = json.loads(text)
                     del text
@@ -318,13 +375,16 @@ def _json_rows(piece: Piece) -> Iterator[Row]:
                 del row
 
 
-def _lines_of(file: io.BufferedIOBase, piece: Piece) -> tuple[dict[str, int], bytes]:
-    """The lines that begin inside the piece, and where the first one does."""
+def _lines_of(file: io.BufferedIOBase, piece: Piece) -> Iterator[tuple[dict[str, int], bytes]]:
+    """The lines that begin inside the piece, if any do, and where the first one does; an empty file is empty."""
     if piece.start:
         file.seek(piece.start - 1)
         file.readline()
     begin = file.tell()
-    return {"offset": begin}, file.read(piece.end - 1 - begin) + file.readline() if begin < piece.end else b""
+    if begin < piece.end:
+        yield {"offset": begin}, file.read(piece.end - 1 - begin) + file.readline()
+    elif not piece.start:
+        yield {"offset": 0}, b""
 
 
 def _blocks(file: io.BufferedIOBase) -> Iterator[tuple[dict[str, int], bytes]]:
@@ -352,18 +412,18 @@ def _split(file: io.BufferedIOBase, separator: bytes, path: str) -> Iterator[tup
 
 
 def _open(path: str) -> io.BufferedIOBase:
-    if path.endswith(".gz"):
+    if path.lower().endswith(".gz"):
         return gzip.open(path, "rb")
-    if path.endswith(".zst"):
+    if path.lower().endswith(".zst"):
         import pyarrow
 
         # Unlike zstandard's reader, it raises when the file was cut short.
-        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 2**16)
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 2**20)
     return open(path, "rb")
 
 
 def _read_errors(path: str) -> tuple[type[Exception], ...]:
-    if not path.endswith(".parquet"):
+    if not path.lower().endswith(".parquet"):
         return (EOFError, OSError, zlib.error)
     import pyarrow
 

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ class WriteTokens:
         read.update(documents=0, bytes=0)
         token_end = byte_end = 0
         # Renamed when whole: a worker that outlived a killed run may still be writing the same part.
-        mine = f".{os.getpid()}"
+        mine = f".{platform.node()}-{os.getpid()}"
         with (
             open(f"{base}.ds{mine}", "wb", 2**20) as tokens_file,
             open(f"{base}.docs{mine}", "wb", 2**14) as records_file,
@@ -87,11 +88,8 @@ class WriteTokens:
                         reason, place["detail"] = "surrogate", str(error)
                 if reason is not None:
                     tally.add(reason, place, text, n_bytes)
-                    if self.stop and reason in ERRORS:
-                        add_line_numbers(tally.reports)
-                        raise ValueError(
-                            f"{sentence(tally.reports[-1])} (to leave such documents out: --on_error skip)"
-                        )
+                    if self.stop:
+                        stop_at_errors(tally)
                     continue
                 if reported := place.get("reported"):
                     tally.add(reported, place, text, kept=True)
@@ -99,7 +97,8 @@ class WriteTokens:
                 byte_end += n_bytes
                 tokens_file.write(tokens.astype("<u2", copy=False).data)
                 at = place.get("line", place.get("offset", 0))
-                named = document.id in self.val_ids
+                if named := document.id in self.val_ids:
+                    tally.named.add(document.id)
                 key = int.from_bytes(text_hash, "little")
                 record = (token_end, byte_end, key, at, place.get("piece", 0), named)
                 records_file.write(np.array(record, dtype=RECORD).tobytes())
@@ -108,27 +107,43 @@ class WriteTokens:
         Path(f"{base}.json").write_text(json.dumps(tally.as_json()), encoding="utf-8")
 
 
+def stop_at_errors(tally: Tally) -> None:
+    """Raise ValueError, naming the first, if documents were dropped that were at fault themselves."""
+    if first := next((report for report in tally.reports if report["reason"] in ERRORS), None):
+        add_line_numbers([first])
+        raise ValueError(f"{sentence(first)} (to leave such documents out: --on_error skip)")
+
+
 @dataclass(frozen=True)
 class WriteShards:
     """Pipeline step, one task for all parts. `config` and `source` go into the manifest as they are."""
 
     out: str
+    work: str  # the folder of the parts
     split: Split
     tasks: list[list[Piece]] = field(repr=False)
     config: dict[str, Any]
     source: dict[str, Any]
+    stop: bool = False
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         out = Path(self.out)
-        parts = [out / "parts" / f"{task:05d}" for task in range(len(self.tasks))]
+        parts = [Path(self.work, f"{task:05d}") for task in range(len(self.tasks))]
         tally = Tally()
         for part in parts:
             tally.include(json.loads(part.with_suffix(".json").read_text(encoding="utf-8")))
+        if self.stop:  # an earlier start may have skipped them
+            stop_at_errors(tally)
         records = _Records(parts)
         if self.split.exact_dedup:
             self._drop_copies(records, parts, tally)
         if records.dropped.all():
             self._complain_of_nothing(tally)
+        if missing := sorted(set(self.split.val_ids) - tally.named):
+            raise ValueError(
+                f"val_ids: found {len(tally.named)} of {len(self.split.val_ids)} documents, not {missing}: check the "
+                "field id, and whether they were dropped"
+            )
         splits = self._cut_shards(records, parts)
         write_reports(out, tally, self.source, splits)
         manifest = {
@@ -166,13 +181,14 @@ class WriteShards:
         begin = int(rows[index - 1]["token_end"]) if index else 0
         tokens = np.memmap(parts[part].with_suffix(".ds"), "<u2", "r")[begin : int(rows[index]["token_end"]) - 1]
         text = bulk_encoder().decode(tokens[:EXCERPT].tolist())[:EXCERPT]
-        at = "offset" if piece.kind == "bytes" else "line"
+        at = "offset" if piece.kind == "bytes" and self.config["separator"] is None else "line"
         return {"file": piece.path, at: int(rows[index]["place"]), "text": text}
 
     def _cut_shards(self, records: "_Records", parts: list[Path]) -> dict[str, Any]:
         """Join the parts into the shards of each split; return the manifest's "splits"."""
         last_key = self._last_val_key(records)
-        held_out = records.named if self.split.val_ids else np.zeros(len(records.dropped), bool)
+        # Equal texts stay together.
+        held_out = np.isin(records.hashes, records.hashes[records.named & ~records.dropped])
         if last_key is not None:
             held_out = records.hashes <= last_key
         # 0 for training, 1 for validation, 2 for neither.
@@ -186,7 +202,7 @@ class WriteShards:
             tokens = np.memmap(part.with_suffix(".ds"), "<u2", "r")
             if len(tokens) != rows[-1]["token_end"]:
                 raise OSError(
-                    f"{part}.ds has {len(tokens)} tokens, not {rows[-1]['token_end']}: delete {part.parent} and repeat"
+                    f"{part}.ds has {len(tokens)} tokens, not {rows[-1]['token_end']}: delete {self.out} and repeat"
                 )
             label = labels[records.firsts[number] : records.firsts[number + 1]]
             borders = [0, *(np.flatnonzero(np.diff(label)) + 1).tolist(), len(rows)]
@@ -212,10 +228,6 @@ class WriteShards:
         """The largest hash of the documents that go to validation; None when hashes do not decide."""
         kept, split = records.hashes[~records.dropped], self.split
         if split.val_ids:
-            found = int(np.count_nonzero(records.named & ~records.dropped))
-            if found < len(split.val_ids):
-                wanted = f"{len(split.val_ids)} documents {list(split.val_ids)}"
-                raise ValueError(f"val_ids: found {found} of {wanted}: check the field id")
             return None
         if split.val_documents is not None:
             count = min(split.val_documents, len(kept))
