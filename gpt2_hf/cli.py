@@ -1,22 +1,28 @@
 """How a recipe and the command line set the knobs of a dataclass.
 
 Precedence: defaults < recipe (``--config FILE``) < command line (``--section.name value``), wherever ``--config``
-stands. Unknown keys are refused; whole numbers may be written 1e6, lists a,b, and dashes for underscores.
+stands. Unknown keys are refused; whole numbers may be written 1e6, lists a,b, and dashes for underscores. Text stays
+as it is written: only in a recipe, null is no text, and a list a,b is one item if a file has that name.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
 import json
+import os
 import sys
 import types
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 ConfigT = TypeVar("ConfigT")
+
+# Stands before text for a knob that may also be None: there jsonargparse reads YAML, where "---" or "~" is None.
+TEXT = "\0"
 
 
 class ConfigError(ValueError):
@@ -91,13 +97,15 @@ def _name_positionals(argv: list[str], name: str) -> list[str]:
     bare: list[str] = []
     while argv and not argv[0].startswith("-"):
         bare.append(argv.pop(0))
-    return [f"--{name}={json.dumps(bare)}", *argv] if bare else argv
+    return [f"--{name}={json.dumps(bare, ensure_ascii=False)}", *argv] if bare else argv
 
 
 def _recipe_flags(path: Path, typed: dict[str, Any]) -> list[str]:
     """A recipe as command-line flags, so that one code path reads both."""
     try:
-        recipe = yaml.safe_load(path.read_text()) or {}
+        content = path.read_text()
+        recipe = yaml.safe_load(content) or {}
+        written = yaml.load(content, yaml.BaseLoader) or {}  # the same with all values as text
     except FileNotFoundError:
         raise ConfigError(f"no recipe {path}; see the folder recipes/") from None
     except yaml.YAMLError as error:
@@ -106,17 +114,22 @@ def _recipe_flags(path: Path, typed: dict[str, Any]) -> list[str]:
         raise ConfigError(f"{path}: a recipe is a mapping of sections, not {type(recipe).__name__}")
     flags = []
 
-    def walk(node: dict[str, Any], prefix: str) -> None:
+    def walk(node: dict[str, Any], written: dict[str, Any], prefix: str) -> None:
         for key, value in node.items():
-            name = f"{prefix}{key}"
+            name, as_written = f"{prefix}{key}", written.get(key, value)  # `value` where << merges mappings
             if isinstance(value, dict):
-                walk(value, f"{name}.")
-            else:
-                _check_known(name, typed, f"{path}: ")
-                text = value if isinstance(value, str) else json.dumps(value)
-                flags.append(_plain_value(f"--{name}={text}", typed))
+                walk(value, as_written, f"{name}.")
+                continue
+            _check_known(name, typed, f"{path}: ")
+            if value is None:
+                flags.append(f"--{name}=null")
+                continue
+            if _is_text(typed[name]):  # YAML would make 42798 of the commit 0123456, and True of on
+                value = as_written
+            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+            flags.append(_plain_value(f"--{name}={text}", typed))
 
-    walk(recipe, "")
+    walk(recipe, written, "")
     return flags
 
 
@@ -150,13 +163,21 @@ def _check_known(name: str, typed: dict[str, Any], where: str) -> None:
     raise ConfigError(f"{where}unknown key {name!r}{f'; did you mean {close[0]!r}?' if close else '; see --help'}")
 
 
+def _is_text(annotation: Any) -> bool:
+    """Whether a knob is text, a word to choose, or a list of text."""
+    return annotation is str or get_origin(annotation) is Literal or str in get_args(annotation)
+
+
 def _plain_value(flag: str, typed: dict[str, Any]) -> str:
     """Write 1e6 or 1_000_000 as 1000000 where a whole number is wanted, and a,b as ["a", "b"] where a list is."""
     name, _, text = flag[2:].partition("=")
     annotation = typed.get(name)
-    if get_origin(annotation) in (tuple, list) and text and text[0] not in "[(":
-        items = text.split(",")
-        return f"--{name}={json.dumps(items)}" if str in get_args(annotation) else f"--{name}=[{text}]"
+    if get_origin(annotation) in (tuple, list) and text:
+        if _is_text(annotation):
+            return f"--{name}={json.dumps(_list_of_text(text), ensure_ascii=False)}"
+        return flag if text[0] in "[(" else f"--{name}=[{text}]"
+    if _is_text(annotation) and type(None) in get_args(annotation):
+        return f"--{name}={TEXT}{text}"
     wanted = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     if int not in wanted or float in wanted:
         return flag
@@ -167,6 +188,17 @@ def _plain_value(flag: str, typed: dict[str, Any]) -> str:
     return f"--{name}={int(number)}" if number.is_integer() else flag
 
 
+def _list_of_text(text: str) -> Any:
+    if text[0] + text[-1] in ("[]", "()"):
+        try:
+            return yaml.load(f"[{text[1:-1]}]", yaml.BaseLoader)
+        except yaml.YAMLError:
+            pass  # a glob, perhaps
+    if "," in text and (os.path.exists(text) or glob.glob(text, recursive=True)):
+        return [text]
+    return text.split(",")
+
+
 def _build(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     # By hand, because jsonargparse builds the root without running its __post_init__.
     hints = get_type_hints(cls)
@@ -175,5 +207,7 @@ def _build(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
         annotation = hints[name]
         if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
             value = _build(annotation, value)
+        elif isinstance(value, str):
+            value = value.removeprefix(TEXT)
         arguments[name] = value
     return cls(**arguments)

@@ -33,6 +33,9 @@ def main() -> None:
         path = args.path or (recipe and recipe.data.path)
         if not path:
             raise ValueError("name a folder of shards, or a recipe with --config")
+        for file in filter(None, (args.picture, args.json)):
+            if not Path(file).parent.is_dir():
+                raise ValueError(f"{file}: there is no folder {Path(file).parent}: make it first")
         found = inspect_data(path, recipe, documents=args.documents, sample=args.sample, seed=args.seed)
         print(render(found))
         if args.picture:

@@ -539,6 +539,11 @@ def test_evaluations_that_cannot_be_sought_are_refused(tmp_path):
     damaged.write_bytes(gzip.compress(b'{"a": "b"}\n')[:-9])
     with pytest.raises(OSError, match=r"damaged\.jsonl\.gz: cannot be read"):
         describe_evaluations([str(damaged)], 13)
+    whole = bytearray(gzip.compress(b'{"a": "b"}\n'))
+    whole[10] = 0xFF  # a kind of block that deflate does not have
+    damaged.write_bytes(whole)
+    with pytest.raises(OSError, match=r"^\S+damaged\.jsonl\.gz: cannot be read [^\n]* check the path"):
+        describe_evaluations([str(damaged)], 13)
     short = write_jsonl(tmp_path / "short.jsonl", [{"text": "only seven words are in this item"}])
     with pytest.raises(ValueError, match=r"short\.jsonl: no text of 8 words or more"):
         describe_evaluations([short], 13)
@@ -547,6 +552,15 @@ def test_evaluations_that_cannot_be_sought_are_refused(tmp_path):
         MarkContaminated(n=0)
     with pytest.raises(ValueError, match="drop or report"):
         MarkContaminated(mode="delete")  # type: ignore[arg-type]
+
+
+def test_only_a_file_takes_the_place_of_the_shipped_evaluation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("hellaswag").mkdir()
+    assert describe_evaluations(["hellaswag"], 13)[0]["items"] == 10042
+    Path("hellaswag").rmdir()
+    write_jsonl(Path("hellaswag"), [{"text": "one two three four five six seven eight"}])
+    assert read_items("hellaswag") == [["one two three four five six seven eight"]]
 
 
 def test_steps_travel_to_other_processes(tmp_path):

@@ -1,6 +1,9 @@
 """How a recipe and the command line become a RunConfig, and what is refused."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -107,6 +110,67 @@ def test_lists_may_be_written_plainly():
     assert (config.train.trackers, config.optim.betas) == (["wandb", "tensorboard"], (0.8, 0.9))
     config = parse_cli(RunConfig, ["--train.trackers", "[wandb]", "--optim.betas=[0.7, 0.9]"])
     assert (config.train.trackers, config.optim.betas) == (["wandb"], (0.7, 0.9))
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """Knobs that are text.
+
+    Args:
+        names: a list.
+        separator: perhaps none.
+        revision: perhaps none.
+        compile: one of three.
+    """
+
+    names: tuple[str, ...] = ()
+    separator: str | None = "given"
+    revision: str | None = None
+    compile: Literal["auto", "on", "off"] = "auto"
+
+
+@pytest.mark.parametrize(
+    "text", ["---", "~", "null", "NULL", "# x", "", " ", "\n\n", "\\n", '"', "1e3", "[x]", "{a: 1}"]
+)
+def test_text_stays_as_it_is_typed(text, tmp_path):
+    assert parse_cli(Knobs, ["--separator", text]).separator == text
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"separator: {json.dumps(text)}\n")
+    assert parse_cli(Knobs, ["--config", str(recipe)]).separator == text
+    assert parse_cli(Knobs, [f"--separator={text}", "--revision=~", "--separator", "last"]) == Knobs((), "last", "~")
+
+
+def test_nothing_in_a_recipe_is_none(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    for nothing in ("null", "~", ""):
+        recipe.write_text(f"separator: {nothing}\n")
+        assert parse_cli(Knobs, ["--config", str(recipe)]).separator is None
+        assert parse_cli(Knobs, ["--config", str(recipe), "--separator", "~"]).separator == "~"
+
+
+def test_text_in_a_recipe_is_as_it_is_written_there(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("names: [1, 007, 2.50, a b, 'c,d', \U0001f600]\nrevision: 0123456\ncompile: on\n")
+    names = ("1", "007", "2.50", "a b", "c,d", "\U0001f600")
+    assert parse_cli(Knobs, ["--config", str(recipe)]) == Knobs(names, "given", "0123456", "on")
+    for written in ("names: 1,2", "names: [1, 2]", "names:\n- 1\n- 2", "<<: {names: ['1', '2']}"):
+        recipe.write_text(written)
+        assert parse_cli(Knobs, ["--config", str(recipe)]).names == ("1", "2")
+    for typed in ("1,2", "[1, 2]", '["1", "2"]'):
+        assert parse_cli(Knobs, ["--names", typed]).names == ("1", "2")
+
+
+def test_a_comma_in_the_name_of_a_file_does_not_part_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a,b.jsonl", "b.jsonl", "[x],y.txt"):
+        Path(name).touch()
+    for typed in ("a,b.jsonl", "?,*.jsonl", "[x],y.txt", "[a],b.*"):
+        assert parse_cli(Knobs, ["--names", typed]).names == (typed,)
+        assert parse_cli(Knobs, [typed], positional="names").names == (typed,)
+    assert parse_cli(Knobs, ["--names", "b.jsonl,c.jsonl"]).names == ("b.jsonl", "c.jsonl")
+    assert parse_cli(Knobs, ["--names", '["a,b.jsonl", b.jsonl]']).names == ("a,b.jsonl", "b.jsonl")
+    bare = ["a,b", "\U0001f600.txt", "[c]"]
+    assert parse_cli(Knobs, bare, positional="names").names == tuple(bare)
 
 
 def test_every_knob_is_used_by_a_recipe_or_has_a_stated_reason():

@@ -211,6 +211,46 @@ def test_reads_are_bounded(make_shards, monkeypatch):
     assert "of the documents were read" in render(inspect_data(root))
 
 
+def fetched(cache, root):
+    """The .ds files of a folder that lie in a cache, known by their bytes."""
+    cached = {path.read_bytes() for path in cache.glob("*.data")}
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*.ds") if path.read_bytes() in cached)
+
+
+def test_of_object_storage_only_the_shards_with_a_chosen_run_are_fetched(make_shards, monkeypatch, tmp_path):
+    pytest.importorskip("fsspec")
+    train = [random_documents(40, seed=seed) for seed in range(12)]
+    root = make_shards({"train": train, "val": [random_documents(40, seed=99)]})
+    caches = iter(tmp_path / f"cache{i}" for i in range(9))
+    monkeypatch.setattr("gpt2_hf.data.remote._default_cache", lambda: next(caches))
+    found = inspect_data(f"file://{root}", sample=16)
+    assert [figures.sampled_documents for figures in found.splits] in ([16, 16], [8, 16], [16, 8], [8, 8])
+    (one, val) = fetched(tmp_path / "cache0", root)
+    assert one.startswith("train/") and val == "val/00000.ds"
+    assert {excerpt.shard for excerpt in found.splits[0].excerpts} == {one}
+    figures, _ = inspect_data(f"file://{root}").splits
+    assert (figures.shards, figures.surveyed_shards, figures.sampled_documents) == (12, 8, 320)
+    assert (figures.documents, figures.documents_counted) == (480, True)
+    assert len(fetched(tmp_path / "cache1", root)) == 8 + 1
+    assert inspect_data(root).splits[0].surveyed_shards == 12
+
+
+def test_a_recipe_brings_its_cache(make_shards, monkeypatch, tmp_path):
+    pytest.importorskip("fsspec")
+    monkeypatch.setattr("gpt2_hf.data.remote._default_cache", lambda: tmp_path / "never")
+    train = [random_documents(40, seed=seed) for seed in range(24)]
+    root = make_shards({"train": train})
+    config = recipe(f"file://{root}", data__cache_dir=tmp_path / "cache", data__cache_gb=1)
+    found = inspect_data(config.data.path, config, documents=0, sample=16)
+    assert found.first_batch == inspect_data(root, config, documents=0).first_batch
+    assert not (tmp_path / "never").exists()
+    # 12 windows of the first 8 shards, and one for the sample; nothing ahead of them.
+    assert 1 < len(fetched(tmp_path / "cache", root)) <= 9
+    small = recipe(f"file://{root}", data__cache_dir=tmp_path / "small", data__cache_gb=1e-7)
+    with pytest.raises(ShardError, match=r"raise data\.cache_gb"):
+        inspect_data(small.data.path, small)
+
+
 def test_a_format_without_an_index_or_a_manifest(monkeypatch, tmp_path):
     """Documents begin with <|endoftext|>, and nobody knows their number before reading."""
     documents = [[EOT, *document] for document in random_documents(30)]
@@ -418,6 +458,9 @@ def test_errors_are_one_line(make_shards, tmp_path, monkeypatch, capsys):
     assert "no recipe" in refusal(monkeypatch, capsys, "--config", tmp_path / "none.yaml")
     root = make_shards({"train": [random_documents(50)], "val": [random_documents(5)]})
     assert "sample starts at 1" in refusal(monkeypatch, capsys, root, "--sample", 0)
+    for flag in ("--picture", "--json"):
+        assert f"there is no folder {tmp_path / 'new'}:" in refusal(monkeypatch, capsys, root, flag, tmp_path / "new/x")
+    assert not (tmp_path / "new").exists()
     refusal(monkeypatch, capsys, root, "--picturesque", "x.png")
     (root / "val/00000.ds").unlink()
     assert "val/00000.ds" in refusal(monkeypatch, capsys, root)

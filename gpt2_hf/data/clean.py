@@ -17,6 +17,7 @@ import json
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -349,7 +350,7 @@ def read_items(evaluation: str) -> list[list[str]]:
     path = _evaluation_path(evaluation)
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise OSError(f"{path}: cannot be read ({error}): check the path of the evaluation") from error
     items = []
     for number, line in enumerate(raw.splitlines(), 1):
@@ -381,7 +382,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _evaluation_path(evaluation: str) -> Path:
-    shipped = evaluation == "hellaswag" and not Path(evaluation).exists()
+    shipped = evaluation == "hellaswag" and not Path(evaluation).is_file()
     return ASSETS / "hellaswag_val.jsonl.gz" if shipped else Path(evaluation)
 
 

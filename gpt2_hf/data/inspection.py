@@ -1,7 +1,8 @@
 """A look into token shards before GPU hours are spent on them: figures, copies, documents, a recipe's first batch.
 
 Reads are bounded. Document lengths come from all shards, or from some at random where that would read more than
-SURVEY_BYTES; the rest comes from a sample of documents, in runs of neighbours so that a slow disk seeks rarely.
+SURVEY_BYTES, or fetch more than REMOTE_SHARDS; the rest comes from a sample of their documents, in runs of neighbours
+so that a slow disk seeks rarely. Of object storage only the shards that such a run lies in are fetched.
 `inspect_data` returns plain figures; `inspection_text.py` writes them for a terminal and draws the lengths.
 """
 
@@ -9,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..config import RunConfig
-from .folder import Folder
+from .folder import Folder, LocalFolder
 from .remote import open_folder
 from .shards import Shard, ShardError, ShardSet, open_split
 from .stream import StepLoader, TokenStream
@@ -26,6 +27,7 @@ from .tokenizer import VOCAB_SIZE, load_tokenizer, token_byte_lengths
 
 SURVEY_BYTES = 512_000_000  # of indexes, or of tokens where a shard has no index and is searched for its documents
 SAMPLE_TOKENS = 64_000_000
+REMOTE_SHARDS = 8  # of a split, as a shard in object storage is fetched whole
 RUN = 16  # neighbouring documents that are read together
 # Near copies share at least NEAR of their 5-grams (Jaccard). MinHash finds the candidates: two documents of Jaccard
 # 0.8 agree in both rows of at least one of 8 bands with probability 1 - (1 - 0.8^2)^8 = 0.9997.
@@ -123,7 +125,7 @@ def inspect_data(
 
     Args:
         path: the folder, or a URL as data.path takes it.
-        recipe: also take its first batch, and its seq_len as the context.
+        recipe: also take its first batch, its seq_len as the context, and its cache for files from object storage.
         documents: number of documents of each split to decode.
         sample: documents to read of each split, at most (and at most about SAMPLE_TOKENS tokens).
         seed: of the sampling; the batch has the recipe's own.
@@ -132,7 +134,7 @@ def inspect_data(
     """
     if documents < 0 or sample < 1 or seed < 0:
         raise ValueError(f"documents {documents}, sample {sample}, seed {seed}: sample starts at 1, the others at 0")
-    folder = open_folder(path)
+    folder = open_folder(path, recipe.data.cache_dir, recipe.data.cache_gb) if recipe else open_folder(path)
     manifest = _read_json(folder, "manifest.json")
     splits, problems = _open_splits(folder, list(manifest.get("splits") or ()))
     opened = {shards.split: shards for shards in splits if shards.n_tokens}
@@ -142,7 +144,7 @@ def inspect_data(
     figures, hashes = [], {}
     for number, (split, shards) in enumerate(opened.items()):
         rng = np.random.default_rng([seed, number])
-        surveyed = _survey(shards, rng)
+        surveyed = _survey(shards, len(shards.shards) if isinstance(folder, LocalFolder) else REMOTE_SHARDS, rng)
         drawn = _draw(surveyed, sample, rng)
         hashes[split] = [
             hashlib.blake2b(drawn.tokens_of(i).data, digest_size=16).digest() for i in range(len(drawn.ends))
@@ -161,6 +163,8 @@ def first_batch(recipe: RunConfig, data: ShardSet) -> FirstBatch:
     """The first step's tokens as training takes them (train.load_steps), of all processes together."""
     seq_len, train = recipe.data.seq_len, recipe.train
     recipe.grad_accum_steps(1)  # raises ConfigError for a batch that does not divide
+    # Without names there is nothing to fetch ahead: the next group of shards will not be read.
+    data = replace(data, shards=tuple(replace(shard, sha256={}) for shard in data.shards))
     with StepLoader(
         TokenStream(data, seq_len, train.seed),
         start_step=0,
@@ -238,14 +242,14 @@ def _open_splits(folder: Folder, names: list[str]) -> tuple[list[ShardSet], dict
     return opened, problems
 
 
-def _survey(shards: ShardSet, rng: np.random.Generator) -> list[tuple[Shard, np.ndarray]]:
-    """Shards with their document ends: all, or as many as SURVEY_BYTES allows, in the split's order."""
+def _survey(shards: ShardSet, most: int, rng: np.random.Generator) -> list[tuple[Shard, np.ndarray]]:
+    """Shards with their document ends: `most`, or as many as SURVEY_BYTES allows, in the split's order."""
     found: dict[int, tuple[Shard, np.ndarray]] = {}
     left = SURVEY_BYTES
     for number in rng.permutation(len(shards.shards)).tolist():
         shard = shards.shards[number]
         left -= 2 * shard.n_tokens if shard.n_documents is None else 8 * shard.n_documents
-        if not shard.n_tokens or (found and left < 0):
+        if not shard.n_tokens or (found and left < 0) or len(found) == most:
             continue
         ends = shard.document_ends()
         if not len(ends) or ends[-1] != shard.n_tokens or (np.diff(ends, prepend=0) <= 0).any():
@@ -260,17 +264,18 @@ def _draw(surveyed: list[tuple[Shard, np.ndarray]], n: int, rng: np.random.Gener
     n = min(n, n_documents, max(1, SAMPLE_TOKENS * n_documents // sum(shard.n_tokens for shard, _ in surveyed)))
     runs = [(number, first) for number, (_, ends) in enumerate(surveyed) for first in range(0, len(ends), RUN)]
     chosen = np.arange(len(runs)) if n == n_documents else rng.choice(len(runs), -(-n // RUN), replace=False)
-    mapped = [shard.tokens() for shard, _ in surveyed]
     tokens, lengths, shard_of, document, run = [], [], [], [], []
-    for i in np.sort(chosen).tolist():
-        number, first = runs[i]
+    for number, some in groupby(np.sort(chosen).tolist(), lambda i: runs[i][0]):
         shard, all_ends = surveyed[number]
-        start, ends = int(all_ends[first - 1]) if first else 0, all_ends[first : first + RUN]
-        tokens.append(mapped[number][start : ends[-1]])
-        lengths.append(np.diff(ends, prepend=start))
-        shard_of += [shard] * len(ends)
-        document.append(np.arange(first, first + len(ends)))
-        run.append(np.full(len(ends), i))
+        mapped = shard.tokens()
+        for i in some:
+            first = runs[i][1]
+            start, ends = int(all_ends[first - 1]) if first else 0, all_ends[first : first + RUN]
+            tokens.append(mapped[start : ends[-1]].copy())  # a mapped file takes disk space even when off the cache
+            lengths.append(np.diff(ends, prepend=start))
+            shard_of += [shard] * len(ends)
+            document.append(np.arange(first, first + len(ends)))
+            run.append(np.full(len(ends), i))
     all_lengths, documents, run_of = (np.concatenate(part) for part in (lengths, document, run))
     return _Sample(np.concatenate(tokens), all_lengths.cumsum(), shard_of, documents, run_of)
 
