@@ -77,15 +77,15 @@ class WriteTokens:
             for document in data:
                 text, place = document.text, document.metadata
                 reason = place.get("skipped")
-                raw = text.encode(errors="surrogatepass")
-                n_bytes, text_hash = len(raw), hashlib.blake2b(raw, digest_size=8).digest()
-                del raw  # 50 MB, perhaps
-                read.update(documents=1, bytes=n_bytes)
                 if reason is None:
                     try:
                         tokens = encode_document(text)
                     except UnicodeError as error:
                         reason, place["detail"] = "surrogate", str(error)
+                raw = text.encode(errors="surrogatepass")  # after the encoder, which makes Python keep a copy of it
+                n_bytes, text_hash = len(raw), hashlib.blake2b(raw, digest_size=8).digest()
+                del raw  # 50 MB, perhaps
+                read.update(documents=1, bytes=n_bytes)
                 if reason is not None:
                     tally.add(reason, place, text, n_bytes)
                     if self.stop:
