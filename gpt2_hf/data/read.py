@@ -25,7 +25,7 @@ from .tokenizer import ASSETS
 if TYPE_CHECKING:
     from datatrove.data import Document
 
-TASK_BYTES = 64 * 2**20  # input bytes of one task: large files are cut, small files are put together
+TASK_BYTES = 32 * 2**20  # input bytes of one task: large files are cut, small files are put together
 SHARE_BYTES = 16 * 2**20  # compressed bytes that are worth another task
 SHARES = 8  # at most so many tasks read one compressed file, and no more than 2 * SHARES read all
 STRIPE_BYTES = 2**16  # of text: the tasks that share a file take turns with stripes of lines
@@ -114,8 +114,9 @@ def _cut(path: Path, size: int, n_files: int, separator: str | None) -> list[Pie
         return [Piece(name, "groups", start, end) for start, end in borders]
     text = _format(path) == ".txt"
     whole = text and (separator is not None or size <= TXT_BYTES)
-    step = max(size, 1) if whole else TXT_BYTES if text else TASK_BYTES
-    return [Piece(name, "bytes", start, min(start + step, size)) for start in range(0, max(size, 1), step)]
+    pieces = 1 if whole else max(1, -(-size // (TXT_BYTES if text else TASK_BYTES)))
+    borders = pairwise(size * i // pieces for i in range(pieces + 1))  # of one length, to end together
+    return [Piece(name, "bytes", start, end) for start, end in borders]
 
 
 def describe(files: list[Path]) -> dict[str, Any]:
