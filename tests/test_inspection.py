@@ -319,28 +319,23 @@ def test_what_is_wrong_is_said(make_shards):
     assert inspect_data(one_token).splits[0].empty == 1
 
 
-def test_what_the_manifest_and_the_report_say_is_shown(make_shards):
+def test_what_the_manifest_says_is_shown(make_shards):
     root = make_shards({"train": [random_documents(5)]})
     manifest = json.loads((root / "manifest.json").read_text())
     manifest |= {
         "source": {"files": 1234},
-        "dropped": {"empty": 77},
+        "dropped": {"exact_duplicate": 5000, "empty": 0},
         "config": {"inputs": ["a.txt", "b.txt", "c.txt", "d.txt"], "text_field": "text"},
     }
     (root / "manifest.json").write_text(json.dumps(manifest))
-    for report in ("", "[]", "{}", "not JSON"):
-        (root / "report.json").write_text(report)
-        assert inspect_data(root).facts["dropped"] == "empty 77"
-    assert "empty 77" in render(inspect_data(root))
-    (root / "report.json").write_text(json.dumps({"dropped": {"duplicate": 5000, "eval": {"hellaswag": 3}}}))
     text = render(inspect_data(root))
     for expected in (
         "files 1,234",
         "inputs a.txt b.txt c.txt and 1 more",
-        "duplicate 5,000",
-        "hellaswag 3",
+        "exact_duplicate 5,000",
     ):
         assert expected in text
+    assert "empty" not in inspect_data(root).facts["dropped"]
 
 
 # --- the first batch ---

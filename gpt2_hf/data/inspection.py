@@ -112,7 +112,7 @@ class FirstBatch:
 @dataclass(frozen=True)
 class Inspection:
     path: str
-    facts: dict[str, str]  # what manifest.json and report.json say
+    facts: dict[str, str]  # what manifest.json says
     splits: list[SplitFigures]
     val_in_train: Repeats | None  # sampled documents of val that are among the sampled ones of train
     first_batch: FirstBatch | None
@@ -155,7 +155,7 @@ def inspect_data(
     if {"train", "val"} <= hashes.keys():
         known = set(hashes["train"])
         leaked = Repeats(len(hashes["val"]), sum(digest in known for digest in hashes["val"]))
-    facts = _facts(manifest, _read_json(folder, "report.json")) | problems
+    facts = _facts(manifest) | problems
     return Inspection(str(path), facts, figures, leaked, batch)
 
 
@@ -396,11 +396,12 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(29))
 
 
-def _facts(manifest: dict[str, Any], report: dict[str, Any]) -> dict[str, str]:
+def _facts(manifest: dict[str, Any]) -> dict[str, str]:
     config = manifest.get("config") or {}
     names = ("dataset", "name", "revision", "split") if config.get("dataset") else ("inputs",)
     facts: dict[str, Any] = {"prepared from": {name: config[name] for name in names if config.get(name)}}
-    facts |= {"source": manifest.get("source"), "dropped": report.get("dropped", manifest.get("dropped"))}
+    dropped = {reason: count for reason, count in (manifest.get("dropped") or {}).items() if count}
+    facts |= {"source": manifest.get("source"), "dropped": dropped}
     return {name: _flat(value) for name, value in facts.items() if value}
 
 
