@@ -6,9 +6,9 @@ is a fresh process. Memory leaves out the pages of mapped files, which the syste
 
 import json
 import os
-import sys
 import tempfile
 import time
+from argparse import ArgumentParser
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -67,7 +67,9 @@ def measure(root: Path, what: str) -> str:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("folder", nargs="?", help="on a fast disk, for the shards; 1 TB in holes, 2 MB on disk")
+    with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
         small, large = (write_shards(Path(folder) / str(n), n) for n in (100, 10_000))
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
             for title, root in (("10B tokens, 100 shards", small), ("1T tokens, 10,000 shards", large)):
