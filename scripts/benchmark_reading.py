@@ -68,7 +68,7 @@ def measure(root: Path, what: str) -> str:
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("folder", nargs="?", help="on a fast disk, for the shards; 1 TB in holes, 2 MB on disk")
+    parser.add_argument("folder", nargs="?", help="on a fast disk, for the shards; they take 2 MB of it")
     with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
         small, large = (write_shards(Path(folder) / str(n), n) for n in (100, 10_000))
         with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
