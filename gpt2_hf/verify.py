@@ -95,14 +95,16 @@ class Folder:
         found: dict[str, tuple[int, ...]] = {}
         for file in weight_files(self.path):
             with safe_open(file, "pt") as tensors:
-                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+                names = tensors.keys()  # a method of its own: what safe_open gives is no dictionary
+                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
         return found
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors, one at a time: a large model need not fit into memory twice."""
         for file in weight_files(self.path):
             with safe_open(file, "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
+                names = tensors.keys()
+                for name in names:
                     yield name, tensors.get_tensor(name)
 
     @cached_property
@@ -122,7 +124,8 @@ class Folder:
             raise CheckFailed(f"{name} is missing")
         for file in weight_files(self.path):
             with safe_open(file, "pt") as tensors:
-                if self.names[name] in tensors.keys():  # noqa: SIM118
+                names = tensors.keys()
+                if self.names[name] in names:
                     return tensors.get_tensor(self.names[name]).double()
         raise CheckFailed(f"{name} is missing")
 

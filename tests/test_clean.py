@@ -27,11 +27,11 @@ from gpt2_hf.data.clean import (
 from gpt2_hf.data.tokenizer import ASSETS
 from gpt2_hf.evaluate import hellaswag_texts, load_hellaswag
 
-pytest.importorskip("datatrove")
-xxhash = pytest.importorskip("xxhash")
-from datatrove.data import Document  # noqa: E402
-from datatrove.executor.local import LocalPipelineExecutor  # noqa: E402
-from datatrove.utils.text import simplify_text  # noqa: E402
+NEEDS = "preparation's packages (the extra 'data') are not installed, as on a machine that only trains"
+Document = pytest.importorskip("datatrove.data", reason=NEEDS).Document
+LocalPipelineExecutor = pytest.importorskip("datatrove.executor.local", reason=NEEDS).LocalPipelineExecutor
+simplify_text = pytest.importorskip("datatrove.utils.text", reason=NEEDS).simplify_text
+xxhash = pytest.importorskip("xxhash", reason=NEEDS)
 
 DATA = os.environ.get("GPT2_HF_DATA")
 
@@ -572,7 +572,7 @@ def test_steps_travel_to_other_processes(tmp_path):
 @pytest.mark.realdata
 @pytest.mark.skipif(not DATA, reason="GPT2_HF_DATA names no folder of real text")
 def test_real_documents_without_a_common_13_gram_stay(tmp_path):
-    zstandard = pytest.importorskip("zstandard")
+    zstandard = pytest.importorskip("zstandard", reason=NEEDS)
     with zstandard.open(f"{DATA}/corpus/corpus-val.jsonl.zst", "rt", encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
     assert len(texts) == 1042

@@ -26,6 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gpt2_hf.model import GPTConfig, GPTForCausalLM, GPTModel
 
+DEV = "the extra 'dev' is not installed, as on a machine that only trains"
+
 
 def tokens(batch: int = 3, length: int = 20, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, 211, (batch, length), generator=torch.Generator().manual_seed(seed))
@@ -207,8 +209,8 @@ def test_rows_flattened_into_one_keep_to_themselves():
     "way", [{}, {"padding_free": True, "max_length": None}, {"packing": True}], ids=["padded", "flattened", "packed"]
 )
 def test_sft_trainer_learns_like_stock(way, tmp_path):
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
+    trl = pytest.importorskip("trl", reason=DEV)
+    datasets = pytest.importorskip("datasets", reason=DEV)
     text = ["To be, or not to be", "Now is the winter", "If music be the food of love, play on", "ROMEO:"]
     tokenizer = byte_tokenizer()
     curves = []
@@ -242,7 +244,7 @@ def test_sft_trainer_learns_like_stock(way, tmp_path):
 
 
 def lora(**settings):
-    return pytest.importorskip("peft").LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, **settings)
+    return pytest.importorskip("peft", reason=DEV).LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, **settings)
 
 
 def fit(model, steps: int = 5) -> list[float]:
@@ -270,7 +272,7 @@ TARGETS = {
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`", "ignore:fan_in_fan_out is set to")
 @pytest.mark.parametrize(("settings", "count"), TARGETS.values(), ids=TARGETS)
 def test_lora_attaches_trains_saves_and_merges_like_stock(settings, count, tmp_path):
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason=DEV)
     losses = {}
     tied = settings.get("target_modules") != ["c_attn", "lm_head"]
     for model in pair(tie_word_embeddings=tied):
@@ -300,7 +302,7 @@ def test_lora_attaches_trains_saves_and_merges_like_stock(settings, count, tmp_p
 
 def test_lora_on_c_proj_adds_the_low_rank_product():
     """ResidualProjection is a Conv1D of our own: its update is written out here."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason=DEV)
     ours, _ = pair()
     before = ours.transformer.h[1].mlp.c_proj.weight.detach().clone()
     adapted = peft.get_peft_model(ours, lora(target_modules=["c_proj"], fan_in_fan_out=True))
@@ -314,7 +316,7 @@ def test_lora_on_c_proj_adds_the_low_rank_product():
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
 def test_lora_with_gradient_checkpointing():
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason=DEV)
     losses = []
     for checkpointing in (None, {"use_reentrant": True}, {"use_reentrant": False}):
         ours, _ = pair()
@@ -330,7 +332,7 @@ def test_lora_with_gradient_checkpointing():
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "IA3Config"])
 def test_other_adapters_equal_stock(kind):
     """Prompts come in as inputs_embeds, prefixes as a filled cache."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason=DEV)
     settings = {} if kind == "IA3Config" else {"num_virtual_tokens": 4}
     batch = {"input_ids": tokens(), "attention_mask": torch.ones(3, 20, dtype=torch.long)}
     results = []
@@ -349,7 +351,7 @@ def test_other_adapters_equal_stock(kind):
 
 
 def test_adapter_on_the_head_is_refused_where_it_would_be_passed_by():
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason=DEV)
     ours, _ = pair(tie_word_embeddings=False)
     adapted = peft.get_peft_model(ours, lora(target_modules=["lm_head"], init_lora_weights=False))
     t = tokens()

@@ -13,7 +13,7 @@ from test_prepare import TEXTS, tree, write_jsonl
 from gpt2_hf.data import read as reading
 from gpt2_hf.data.prepare import PrepareConfig, prepare
 
-pytest.importorskip("datatrove")
+pytest.importorskip("datatrove", reason="the extra 'data' is not installed, as on a machine that only trains")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -109,7 +109,7 @@ def test_slurm_needs_a_partition():
 
 @pytest.mark.slow
 def test_ray_gives_the_same_bytes(tmp_path: Path, source: Path, wanted):
-    ray = pytest.importorskip("ray")
+    ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
     ray.init(
         num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
     )

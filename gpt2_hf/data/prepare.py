@@ -46,7 +46,7 @@ REMEDY = "choose another --out, or pass --overwrite true"
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(Source):
     """What to turn into token shards, and how.
 
     Args:
@@ -77,13 +77,6 @@ class PrepareConfig:
         slurm_memory_gb: memory of a task, for Slurm and Ray.
     """
 
-    inputs: tuple[str, ...] = ()
-    dataset: str | None = None
-    name: str | None = None
-    revision: str | None = None
-    split: str = "train"
-    text_field: str = "text"
-    separator: str | None = None
     out: str = ""
     workers: int = 0
     tokens_per_shard: int = 100_000_000
@@ -92,7 +85,6 @@ class PrepareConfig:
     val_ids: tuple[str, ...] = ()
     on_error: Literal["skip", "stop"] = "skip"
     dedup: Literal["none", "exact", "minhash"] = "none"
-    exclude_wikipedia: bool = False
     decontaminate: tuple[str, ...] = ()
     contaminated: Literal["drop", "report"] = "drop"
     decontaminate_ngram: int = 13

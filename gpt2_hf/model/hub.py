@@ -146,6 +146,7 @@ class HubModel(ModelBase):
         with self.config.travelling_with_code(with_code):
             super().save_pretrained(save_directory, *args, **kwargs)
 
+    # The names of transformers' parameters differ between the versions supported, so they are passed on as they come.
     def push_to_hub(  # type: ignore[override]
         self, *args: Any, with_code: bool = False, **kwargs: Any
     ) -> str:
