@@ -17,7 +17,8 @@ class Request:
     range: str  # of bytes, as in the header; "" without
 
     def reads(self, name: str) -> bool:
-        return self.method == "GET" and self.path.partition("?")[0].endswith(name)
+        # The whole last part: a bucket's random name, of which a list is made, can end as a short file name does.
+        return self.method == "GET" and self.path.partition("?")[0].rpartition("/")[2] == name
 
 
 # What can happen to a request: "" it is passed on, a number is the status of an error, and
