@@ -292,8 +292,14 @@ def build_model(
 ) -> GPTForCausalLM:
     """The model, new or from a checkpoint, in fp32 (fp64 when asked for), with its blocks compiled where possible."""
     device = accelerator.device
+    obstacle = {"off": "switched off", "on": None}.get(config.train.compile, hardware.compile_obstacle(device))
     attention, why_attention = hardware.choose_attention(
-        config.model.attn_implementation, device, precision, config.model.dropout, config.data.document_mask
+        config.model.attn_implementation,
+        device,
+        precision,
+        config.model.dropout,
+        config.data.document_mask,
+        compiled=obstacle is None,
     )
     dtype = torch.float64 if precision == "fp64" else torch.float32
     if resume_from:
@@ -306,11 +312,13 @@ def build_model(
         if precision == "fp64":
             model.double()
     model.to(device).train()
+    # The head's gradient covers the tied matrix already: add the rows of this batch to it, not another whole matrix.
+    # (CUDA would have to count the rows first, on the host.)
+    model.transformer.wte.sparse = device.type == "cpu" and model.config.tie_word_embeddings
     if config.train.gradient_checkpointing:
         # Older versions of transformers know only the second name.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
 
-    obstacle = {"off": "switched off", "on": None}.get(config.train.compile, hardware.compile_obstacle(device))
     if obstacle is None:
         # Block by block: all blocks share one compiled graph, and evaluation and saving see the plain module.
         for block in model.transformer.h:

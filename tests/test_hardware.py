@@ -32,6 +32,15 @@ def test_auto_attention_fits_the_card(monkeypatch, installed, capability, dropou
     assert hardware.choose_attention("eager", CUDA, "bf16", dropout) == ("eager", "asked for")
 
 
+def test_auto_attention_on_a_cpu():
+    def chosen(precision, dropout=0.0, document_mask=False, compiled=True):
+        return hardware.choose_attention("auto", CPU, precision, dropout, document_mask, compiled)[0]
+
+    assert chosen("bf16") == "blockwise"
+    others = [chosen("fp32"), chosen("bf16", dropout=0.1), chosen("bf16", document_mask=True)]
+    assert [*others, chosen("bf16", compiled=False)] == ["sdpa"] * 4
+
+
 def test_compile_obstacle_names_what_is_missing(monkeypatch):
     from torch._inductor import cpp_builder, exc
 

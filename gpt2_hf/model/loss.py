@@ -19,46 +19,38 @@ from torch import Tensor
 IGNORE = -100
 # Matrix units work on tiles: 50257 columns (29 x 1733) run 1.3 to 1.7 times slower than 50304 = 393 * 128.
 PAD_MULTIPLE = 128
-# Logits of one chunk. Large enough that each GEMM runs at full speed and dW is added up only a few times.
-CHUNK_BYTES = 256 * 2**20
+# Most bytes of a chunk's logits. The gradient of the weight is added up once a chunk, which costs a GPU more than its
+# memory; on a CPU they had better stay in the cache.
+CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 2**30}
 
 
-def softmax_stats(logits: Tensor, labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and negative log-likelihood per row, in fp32 (fp64 for fp64 logits), padded columns left out.
+def exponentiate(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits into the numerators of their softmax, e = exp(logit - row's maximum), in place.
 
     Args:
-        logits: (n, P) with P >= vocab_size.
+        logits: (n, V).
         labels: (n,), valid column numbers.
+
+    Returns:
+        Each row's sum of e, and its negative log-likelihood, both (n,), in fp32 (fp64 for fp64 logits).
     """
-    real = logits[:, :vocab_size]
-    real = real if real.dtype == torch.float64 else real.float()
-    lse = real.logsumexp(dim=-1)
-    return lse, lse - real.gather(1, labels[:, None])[:, 0]
-
-
-def softmax_grad(logits: Tensor, lse: Tensor, labels: Tensor, counts: Tensor, vocab_size: int) -> Tensor:
-    """d(summed loss)/d(logits) = softmax - onehot, (n, P) in the logits' dtype, zero in padded columns.
-
-    ``counts`` is (n,): 1, or 0 for ignored rows.
-    """
-    # In place: without a compiler each of these is a pass over the largest matrix of the step.
-    grad = (logits.to(lse.dtype) - lse[:, None]).exp_()
-    grad.scatter_add_(1, labels[:, None], -torch.ones_like(lse)[:, None])
-    grad.mul_(counts[:, None])
-    grad[:, vocab_size:] = 0
-    return grad.to(logits.dtype)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    top = wide.amax(dim=-1)
+    label = wide.gather(1, labels[:, None])[:, 0]
+    e = (wide - top[:, None]).exp()
+    total = e.sum(dim=-1)
+    logits.copy_(e)
+    return total, total.log() + top - label
 
 
 class LossKernels:
-    """The two elementwise parts of the loss. ``compile()`` fuses each into single passes over the chunk."""
+    """The elementwise part of the loss. ``compile()`` fuses it into one pass over the chunk."""
 
-    stats: Callable[..., tuple[Tensor, Tensor]] = staticmethod(softmax_stats)
-    grad: Callable[..., Tensor] = staticmethod(softmax_grad)
+    exponentiate: Callable[..., tuple[Tensor, Tensor]] = staticmethod(exponentiate)
 
     @classmethod
     def compile(cls, **options: Any) -> None:
-        cls.stats = staticmethod(torch.compile(softmax_stats, **options))
-        cls.grad = staticmethod(torch.compile(softmax_grad, **options))
+        cls.exponentiate = staticmethod(torch.compile(exponentiate, **options))
 
 
 def _pad_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -67,9 +59,10 @@ def _pad_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return F.pad(weight.to(dtype), (0, 0, 0, padding))
 
 
-def _chunks(n_tokens: int, padded_vocab: int, itemsize: int) -> list[slice]:
-    """Cut the tokens into equal chunks (one shape to compile; the last may be shorter)."""
-    limit = max(128, CHUNK_BYTES // (padded_vocab * itemsize))
+def _chunks(x: Tensor, padded_vocab: int) -> list[slice]:
+    """Cut the tokens (N, C) into equal chunks (one shape to compile; the last may be shorter)."""
+    n_tokens = len(x)
+    limit = max(128, CHUNK_BYTES.get(x.device.type, 2**28) // (padded_vocab * x.element_size()))
     count = -(-n_tokens // limit)
     size = -(-n_tokens // count)
     return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]
@@ -99,19 +92,24 @@ class _SummedLoss(torch.autograd.Function):
         dx = torch.empty_like(x) if need_dx else None
         dw = None
         losses = []
-        for rows in _chunks(len(x), len(padded), x.element_size()):
-            logits = x[rows] @ padded.T  # (n, P)
-            lse, chunk_nll = LossKernels.stats(logits, labels[rows], vocab_size)
+        for rows in _chunks(x, len(padded)):
+            e = x[rows] @ padded.T  # (n, P), logits at first
+            # Padded columns are 0, as the weight's padded rows are, and stay so.
+            total, chunk_nll = LossKernels.exponentiate(e[:, :vocab_size], labels[rows])
             losses.append(chunk_nll @ counts[rows])
-            dlogits = LossKernels.grad(logits, lse, labels[rows], counts[rows], vocab_size)
-            del logits
+            # d(loss)/d(logits) is counts * (e / total - onehot). It is never made: the division goes to the narrow
+            # sides of the products, and the one-hot part is a choice of rows.
+            share = (counts[rows] / total)[:, None]
+            if dtype == torch.float16:  # whose range e @ weight could leave
+                e.mul_(share)
+                share = torch.ones_like(share)
             if dx is not None:
-                torch.mm(dlogits, padded, out=dx[rows])
+                dx[rows] = (e @ padded) * share - padded[labels[rows]] * counts[rows, None]
             if need_dw:
-                part = dlogits.T @ x[rows]  # (P, C)
-                # Several chunks add up in the parameter's precision, not in that of the GEMM.
-                dw = part if dw is None else dw.to(weight.dtype) + part
-        dw = dw[:vocab_size].to(weight.dtype) if dw is not None else None
+                part = (e.T @ (x[rows] * share).to(dtype))[:vocab_size]  # (V, C)
+                # Added up in the parameter's precision, not in that of the GEMM.
+                dw = part.to(weight.dtype) if dw is None else dw.add_(part)
+                dw.index_add_(0, labels[rows], x[rows] * -counts[rows, None])
         ctx.save_for_backward(dx, dw, factor)
         ctx.hidden_dtype = hidden.dtype
         return torch.stack(losses).sum() * factor
@@ -121,7 +119,8 @@ class _SummedLoss(torch.autograd.Function):
         dx, dw, factor = ctx.saved_tensors
         factor = factor * grads[0]
         dx = (dx.to(factor.dtype) * factor).to(ctx.hidden_dtype) if dx is not None else None
-        dw = dw * factor if dw is not None else None
+        # In place: it has the size of the largest parameter. A second backward pass raises, as autograd sees the change.
+        dw = dw.mul_(factor) if dw is not None else None
         return dx, dw, None, None, None, None
 
 
@@ -184,7 +183,8 @@ def _nll(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> 
     padded = _pad_rows(weight, dtype)
     x, kept_labels = hidden[keep].to(dtype), labels[keep]
     # Full batches have training's shapes; a count of labels that varies would build a kernel for each.
-    stats = LossKernels.stats if len(keep) == len(labels) else softmax_stats
-    for rows in _chunks(len(x), len(padded), x.element_size()) if len(x) else []:
-        nll[keep[rows]] = stats(x[rows] @ padded.T, kept_labels[rows], len(weight))[1]
+    measure = LossKernels.exponentiate if len(keep) == len(labels) else exponentiate
+    for rows in _chunks(x, len(padded)) if len(x) else []:
+        logits = (x[rows] @ padded.T)[:, : len(weight)]
+        nll[keep[rows]] = measure(logits, kept_labels[rows])[1]
     return nll

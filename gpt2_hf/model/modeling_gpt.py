@@ -6,7 +6,6 @@ Shapes in comments: B batch, T positions (query), S positions (key), C channels,
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,34 +22,13 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention import eager_attention
 from .configuration_gpt import GPTConfig
 from .hub import HubModel
 from .loss import linear_cross_entropy
 
 # Backends that are causal by themselves when no mask is given. The others need the mask as a tensor or block mask.
-_CAUSAL_WITHOUT_MASK = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-
-
-def eager_attention(
-    module: GPTAttention,
-    query: Tensor,  # (B, H, T, D)
-    key: Tensor,  # (B, H, S, D)
-    value: Tensor,  # (B, H, S, D)
-    attention_mask: Tensor | None,  # (B, 1, T, S), added to the scores
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor]:
-    """Attention written out (Vaswani et al. 2017, eq. 1); the backend that can return its weights."""
-    if module.upcast:
-        query, key = query.float(), key.float()
-    with torch.autocast(query.device.type, enabled=False) if module.upcast else nullcontext():
-        scores = query @ key.transpose(-1, -2) * scaling  # (B, H, T, S)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1).to(value.dtype)
-    weights = nn.functional.dropout(weights, dropout, module.training)
-    return (weights @ value).transpose(1, 2), weights  # (B, T, H, D)
+_CAUSAL_WITHOUT_MASK = ("sdpa", "blockwise", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
 class ResidualProjection(Conv1D):
