@@ -312,9 +312,10 @@ def build_model(
         if precision == "fp64":
             model.double()
     model.to(device).train()
-    # The head's gradient covers the tied matrix already: add the rows of this batch to it, not another whole matrix.
-    # (CUDA would have to count the rows first, on the host.)
-    model.transformer.wte.sparse = device.type == "cpu" and model.config.tie_word_embeddings
+    # The head's gradient covers the tied matrix already: add this batch's rows to it, not another whole matrix. (CUDA
+    # would have to count the rows on the host; DDP takes "sparse" for the sum's form.)
+    is_alone = device.type == "cpu" and accelerator.num_processes == 1
+    model.transformer.wte.sparse = is_alone and model.config.tie_word_embeddings
     if config.train.gradient_checkpointing:
         # Older versions of transformers know only the second name.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
