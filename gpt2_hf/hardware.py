@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import platform
 import re
 import shutil
@@ -166,6 +167,8 @@ def compile_obstacle(device: torch.device) -> str | None:
         except exc.InvalidCxxCompiler:
             return f"no C++ compiler found (looked for {', '.join(str(c) for c in config.cpp.cxx if c)})"
         return None
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
     if shutil.which("gcc") is None and shutil.which("cc") is None and shutil.which("clang") is None:
         return "no C compiler found, which Triton needs"
     return None

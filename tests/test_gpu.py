@@ -24,6 +24,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+OBSTACLE = hardware.compile_obstacle(torch.device("cuda"))
+needs_compiler = pytest.mark.skipif(OBSTACLE is not None, reason=f"torch.compile: {OBSTACLE}")
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
@@ -81,7 +83,12 @@ def steps_never_wait(monkeypatch):
 
 # Muon under fp16's scaler waits to learn whether to skip the step; AdamW's kernel skips it by itself.
 @pytest.mark.parametrize(
-    ("precision", "compile", "optimizer"), [("bf16", "on", "muon"), ("fp16", "off", "adamw"), ("fp32", "off", "muon")]
+    ("precision", "compile", "optimizer"),
+    [
+        pytest.param("bf16", "on", "muon", marks=needs_compiler),
+        ("fp16", "off", "adamw"),
+        ("fp32", "off", "muon"),
+    ],
 )
 def test_loop_learns_and_resumes(make_shards, tmp_path, steps_never_wait, precision, compile, optimizer):
     pattern = [[(start + 3 * i) % 250 for i in range(120)] for start in range(60)]
@@ -101,6 +108,7 @@ def test_loop_learns_and_resumes(make_shards, tmp_path, steps_never_wait, precis
     assert losses(run("parts", 40)) == pytest.approx(losses(straight), rel=5e-2)
 
 
+@needs_compiler
 def test_each_mode_compiles_once(make_shards, tmp_path, monkeypatch):
     compile_once(make_shards, tmp_path / "run", monkeypatch, train__precision="bf16", model__dropout=0.1)
 
@@ -121,6 +129,8 @@ def packed(request):
     """(model, backend, dtype of autocast or None, tokens): windows of 300 tokens, neither a multiple of a block."""
     if request.param == "flash_attention_2" and not is_flash_attn_2_available():
         pytest.skip("needs flash-attn")
+    if request.param == "flex_attention" and OBSTACLE:
+        pytest.skip(OBSTACLE)
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 128, "n_positions": 300, "vocab_size": E + 1}
     model = GPTForCausalLM(GPTConfig(**sizes, **NO_DROPOUT, bos_token_id=E, eos_token_id=E)).cuda()
@@ -135,7 +145,9 @@ def packed(request):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("compile", "eot_first"), [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("compile", "eot_first"), [(False, False), (False, True), pytest.param(True, True, marks=needs_compiler)]
+)
 def test_documents_are_apart_on_every_backend(packed, eot_first, compile):
     """Logits of each document alone, and by gradients: exactly nothing reaches another document."""
     model, attention, dtype, tokens = packed
@@ -176,6 +188,7 @@ def test_documents_are_apart_on_every_backend(packed, eot_first, compile):
         assert (reach[inside] > 0).all() and (reach[~inside] == 0).all()
 
 
+@needs_compiler
 def test_document_masks_neither_recompile_nor_wait(packed):
     model, attention, dtype, tokens = packed
     mask = DocumentMask(E, False, attention, dtype or torch.float32)
@@ -195,6 +208,7 @@ def test_document_masks_neither_recompile_nor_wait(packed):
                 model(on_device, shift_labels=on_device, **apart).loss.backward()
 
 
+@needs_compiler
 def test_loop_learns_with_documents_apart(make_shards, tmp_path, steps_never_wait):
     data = make_shards(
         {"train": [[[(start + 3 * i) % 250 for i in range(12)] for start in range(400)]], "val": [[[1, 4] * 9] * 9]}

@@ -83,6 +83,9 @@ def test_compile_obstacle_names_what_is_missing(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(hardware.sysconfig, "get_path", lambda name: "/nowhere")
         assert "Python headers" in hardware.compile_obstacle(CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+        assert "Triton" in hardware.compile_obstacle(CUDA)
     assert hardware.compile_obstacle(torch.device("mps")) is not None
 
 
