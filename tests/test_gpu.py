@@ -211,20 +211,22 @@ def test_document_masks_neither_recompile_nor_wait(packed):
 @needs_compiler
 def test_loop_learns_with_documents_apart(make_shards, tmp_path, steps_never_wait):
     data = make_shards(
-        {"train": [[[(start + 3 * i) % 250 for i in range(12)] for start in range(400)]], "val": [[[1, 4] * 9] * 9]}
+        {"train": [[[(start + 3 * i) % 250 for i in range(12)] for start in range(400)]], "val": [[[1, 4] * 9] * 30]}
     )
     config = tiny(
         data,
         tmp_path / "run",
-        data__seq_len=64,
+        data__seq_len=256,
         data__document_mask=True,
+        model__n_positions=256,
+        model__n_embd=128,  # heads of 64, as in every GPT-2
         model__vocab_size=None,
         train__precision="bf16",
         train__compile="on",
         train__steps=20,
         # The gradient of an embedding of more than 3072 tokens has a way of its own.
-        train__micro_batch_size=64,
-        train__global_batch_tokens=2 * 64 * 64,
+        train__micro_batch_size=16,
+        train__global_batch_tokens=2 * 16 * 256,
         eval__val_every=10,
         optim__lr=1e-2,
     )
