@@ -41,6 +41,11 @@ def softmax_grad(logits: Tensor, lse: Tensor, labels: Tensor, counts: Tensor, vo
 
     ``counts`` is (n,): 1, or 0 for ignored rows.
     """
+    if torch.compiler.is_compiling():  # one pass over the chunk; a scatter would first store all of it in fp32
+        columns = torch.arange(logits.shape[1], device=logits.device)
+        onehot = (columns == labels[:, None]).to(lse.dtype)
+        grad = ((logits.to(lse.dtype) - lse[:, None]).exp() - onehot) * counts[:, None]
+        return torch.where(columns < vocab_size, grad, 0).to(logits.dtype)
     # In place: without a compiler each of these is a pass over the largest matrix of the step.
     grad = (logits.to(lse.dtype) - lse[:, None]).exp_()
     grad.scatter_add_(1, labels[:, None], -torch.ones_like(lse)[:, None])
