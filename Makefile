@@ -11,13 +11,17 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 
 LOWER := .venv-lower
 LOWEST := $(shell sed -n 's/^ *transformers>=//p' setup.cfg).0
 
-.PHONY: help setup demo test test-lower lint format clean
+# Where gpu-check writes what it found.
+OUT ?= runs/gpu-check
+
+.PHONY: help setup demo test test-lower gpu-check lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train a small GPT-2 on Shakespeare, evaluate it, sample from it (minutes on two cores)"
 	@echo "make test    run the tests; TESTS='tests/test_model.py ...' for some of them"
 	@echo "make test-lower  run them with transformers $(LOWEST), the oldest supported"
+	@echo "make gpu-check   on a GPU, with \$$PYTHON as it is: the GPU's tests, then the benchmark; results in $(OUT)"
 	@echo "make lint    check format, style and types"
 	@echo "make setup   make the virtual environment $(VENV) only"
 
@@ -48,6 +52,24 @@ $(LOWER)/ready: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints-lower.txt \
 		--target $(LOWER) transformers==$(LOWEST)
 	@touch $@
+
+# The Python that has the GPU's PyTorch, transformers, accelerate, pytest and jsonargparse; it needs no network.
+gpu-check: export HF_HUB_OFFLINE := 1
+gpu-check: export PYTHONPATH := $(CURDIR)
+gpu-check: SHELL := /bin/bash
+gpu-check:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null || \
+		{ echo "error: $(PYTHON) has no PyTorch that finds a CUDA device; name another with make gpu-check PYTHON=..."; exit 2; }
+	@set -euo pipefail; mkdir -p "$(OUT)"; \
+	{ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true; git describe --always --dirty || true; \
+		$(PYTHON) -c 'import platform, torch, transformers, accelerate, numpy; from gpt2_hf import hardware; \
+		print("Python", platform.python_version(), *(f"{m.__name__} {m.__version__}" for m in (torch, transformers, \
+		accelerate, numpy)), "cuDNN", torch.backends.cudnn.version()); \
+		print("torch.compile:", hardware.compile_obstacle(torch.device("cuda")) or "works")'; \
+	} 2>&1 | tee "$(OUT)/environment.txt"; \
+	$(PYTHON) -m pytest -m gpu -p no:xdist -rs --durations=0 tests/test_gpu.py tests/test_parity.py 2>&1 | tee "$(OUT)/pytest.log" || failed=1; \
+	$(PYTHON) scripts/benchmark.py --shape 124M --device cuda --out "$(OUT)" 2>&1 | tee "$(OUT)/benchmark.log"; \
+	exit $${failed:-0}
 
 lint: setup
 	$(BIN)/ruff format --check .

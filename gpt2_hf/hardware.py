@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import platform
+import re
 import shutil
 import sysconfig
 import time
 from pathlib import Path
 
 import torch
+from torch.nn.attention import SDPBackend
 
 # Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets. First match by name wins.
 _PEAK_BF16 = (
     ("B200", 2250e12),
     ("H200", 989e12),
     ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
     ("H100", 989e12),
     ("A100", 312e12),
     ("L40S", 362e12),
@@ -28,6 +32,17 @@ _PEAK_BF16 = (
     ("RTX 3090", 71e12),
     ("T4", 65e12),
 )
+
+# Newest first -> major compute capabilities that it has kernels for, whether it can drop out, and how to install it.
+_FLASH_ATTENTION = {
+    "flash_attention_4": ((9, 10), False, "pip install flash-attn-4"),
+    "flash_attention_3": (
+        (9,),
+        False,
+        "pip install --no-build-isolation 'git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper'",
+    ),
+    "flash_attention_2": ((8, 9, 10, 12), True, "pip install flash-attn --no-build-isolation"),
+}
 
 
 def default_precision(device: torch.device) -> str:
@@ -58,7 +73,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, peak in _PEAK_BF16:
-            if key in name:
+            if re.search(rf"{key}\b", name):  # an A1000 is no A100
                 return peak, f"{name}, data sheet bf16"
     return _measure_gemm(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matrix product"
 
@@ -87,25 +102,61 @@ def choose_attention(
 ) -> tuple[str, str]:
     """The attention backend to use, and why: ``(name, reason)``.
 
-    "auto" takes the newest FlashAttention that is installed and can do the job, on CUDA in half precision; else
-    PyTorch's own fused attention, or, where a document mask would slow that down, FlexAttention.
+    "auto" takes PyTorch's own fused attention, but for compiled bf16 on a CPU our "blockwise". For whole windows an
+    installed FlashAttention adds nothing to PyTorch's: its kernel is FlashAttention 2 itself, or cuDNN's on Hopper and
+    Blackwell, which with heads of 64 is published to be as fast as FlashAttention 3 (Shah et al. 2024). A document mask
+    would slow it down; then "auto" takes what skips the hidden blocks: the newest FlashAttention that is installed and
+    has kernels for the card, else FlexAttention.
+
+    Raises:
+        ValueError: one line, when a FlashAttention is asked for by name that cannot work, or is not installed.
     """
+    if requested in _FLASH_ATTENTION:
+        if obstacle := _flash_obstacle(requested, device, precision, dropout, by_name=True):
+            raise ValueError(f"{requested} {obstacle}; or leave it at auto")
+        return requested, "asked for"
     if requested != "auto":
         return requested, "asked for"
     if device.type == "cpu" and precision == "bf16" and compiled and not dropout and not document_mask:
         return "blockwise", "compiled matrix products, faster than PyTorch's fused attention on a CPU in bf16"
     if device.type != "cuda" or precision not in ("bf16", "fp16"):
         return "sdpa", f"PyTorch's fused attention, on {device.type} in {precision}"
+    if document_mask:
+        major = torch.cuda.get_device_capability(device)[0]
+        for name, (majors, _, _) in _FLASH_ATTENTION.items():
+            if major in majors and _flash_obstacle(name, device, precision, dropout) is None:
+                return name, "the newest FlashAttention installed that fits"
+        if not dropout and compile_obstacle(device) is None:
+            return "flex_attention", "skips what the document mask hides, as an installed FlashAttention would"
+    return "sdpa", f"PyTorch's fused attention, {_sdpa_kernel(device, precision, dropout, document_mask)} kernel"
+
+
+def _flash_obstacle(
+    name: str, device: torch.device, precision: str, dropout: float, by_name: bool = False
+) -> str | None:
+    """Why a FlashAttention cannot be used, or None when it can; ``by_name`` lets transformers fetch its kernels."""
     import transformers.utils as hf
 
-    capability = torch.cuda.get_device_capability(device)
-    for version, needs, has_dropout in ((4, (9, 0), False), (3, (9, 0), False), (2, (8, 0), True)):
-        available = getattr(hf, f"is_flash_attn_{version}_available", None)
-        if capability >= needs and (has_dropout or not dropout) and available is not None and available():
-            return f"flash_attention_{version}", "the newest FlashAttention installed that fits"
-    if document_mask and not dropout and compile_obstacle(device) is None:
-        return "flex_attention", "skips what the document mask hides; pip install flash-attn would add FlashAttention"
-    return "sdpa", "PyTorch's fused attention; pip install flash-attn would add FlashAttention"
+    _, has_dropout, install = _FLASH_ATTENTION[name]
+    if device.type != "cuda":
+        return f"needs CUDA, this is {device.type}"
+    if precision not in ("bf16", "fp16"):
+        return f"computes in bf16 and fp16, not in {precision}"
+    if dropout and not has_dropout:  # it would leave dropout out without a word
+        return f"has no dropout, and model.dropout is {dropout}"
+    available = getattr(hf, f"is_flash_attn_{name[-1]}_available", None)
+    if (available is not None and available()) or (by_name and hf.is_kernels_available()):
+        return None
+    return f"is not installed: {install}"
+
+
+def _sdpa_kernel(device: torch.device, precision: str, dropout: float, masked: bool) -> str:
+    """Which of its kernels PyTorch takes for GPT-2's heads: cudnn, flash, efficient or math."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    heads = torch.empty(1, 1, 128, 64, dtype=dtype, device=device, requires_grad=True)
+    mask = torch.empty(1, 1, 128, 128, dtype=dtype, device=device) if masked else None
+    choice = torch._fused_sdp_choice(heads, heads, heads, mask, dropout, not masked)
+    return SDPBackend(choice).name.lower().removesuffix("_attention")
 
 
 def compile_obstacle(device: torch.device) -> str | None:
@@ -123,6 +174,8 @@ def compile_obstacle(device: torch.device) -> str | None:
         except exc.InvalidCxxCompiler:
             return f"no C++ compiler found (looked for {', '.join(str(c) for c in config.cpp.cxx if c)})"
         return None
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
     if shutil.which("gcc") is None and shutil.which("cc") is None and shutil.which("clang") is None:
         return "no C compiler found, which Triton needs"
     return None

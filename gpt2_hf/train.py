@@ -293,14 +293,17 @@ def build_model(
     """The model, new or from a checkpoint, in fp32 (fp64 when asked for), with its blocks compiled where possible."""
     device = accelerator.device
     obstacle = {"off": "switched off", "on": None}.get(config.train.compile, hardware.compile_obstacle(device))
-    attention, why_attention = hardware.choose_attention(
-        config.model.attn_implementation,
-        device,
-        precision,
-        config.model.dropout,
-        config.data.document_mask,
-        compiled=obstacle is None,
-    )
+    try:
+        attention, why_attention = hardware.choose_attention(
+            config.model.attn_implementation,
+            device,
+            precision,
+            config.model.dropout,
+            config.data.document_mask,
+            compiled=obstacle is None,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.attn_implementation: {error}") from None
     dtype = torch.float64 if precision == "fp64" else torch.float32
     if resume_from:
         model = GPTForCausalLM.from_pretrained(resume_from, dtype=dtype, attn_implementation=attention)
@@ -322,6 +325,8 @@ def build_model(
 
     if obstacle is None:
         # Block by block: all blocks share one compiled graph, and evaluation and saving see the plain module.
+        # DDP's optimizer for compiled modules would cut each of these graphs at its buckets; a block is no larger.
+        torch._dynamo.config.optimize_ddp = False
         for block in model.transformer.h:
             block.compile(dynamic=False)
         LossKernels.compile(dynamic=False)

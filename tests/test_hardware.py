@@ -11,6 +11,21 @@ from gpt2_hf import hardware
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
+@pytest.fixture
+def install(monkeypatch):
+    """A function that makes up the card, by its compute capability, and the FlashAttentions that are installed."""
+
+    def make(capability: tuple[int, int], *versions: int, kernels: bool = False) -> None:
+        for version in (2, 3, 4):
+            name = f"is_flash_attn_{version}_available"
+            monkeypatch.setattr(hf, name, lambda v=version: v in versions, raising=False)
+        monkeypatch.setattr(hf, "is_kernels_available", lambda: kernels)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(hardware, "_sdpa_kernel", lambda *_: "cudnn" if capability[0] in (9, 10) else "flash")
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("installed", "capability", "dropout", "expected"),
     [
@@ -18,18 +33,42 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
         ((3, 2), (9, 0), 0.0, "flash_attention_3"),
         ((3, 2), (9, 0), 0.1, "flash_attention_2"),  # 3 would leave dropout out without a word
         ((3, 2), (8, 0), 0.0, "flash_attention_2"),
-        ((2,), (7, 5), 0.0, "sdpa"),
-        ((), (9, 0), 0.0, "sdpa"),
+        ((3, 2), (10, 0), 0.0, "flash_attention_2"),  # 3 has kernels for Hopper alone
+        ((3,), (10, 0), 0.1, "sdpa"),
+        ((2,), (7, 5), 0.1, "sdpa"),
+        ((), (9, 0), 0.1, "sdpa"),
     ],
 )
-def test_auto_attention_fits_the_card(monkeypatch, installed, capability, dropout, expected):
-    for version in (2, 3, 4):
-        monkeypatch.setattr(hf, f"is_flash_attn_{version}_available", lambda v=version: v in installed, raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    name, why = hardware.choose_attention("auto", CUDA, "bf16", dropout)
+def test_auto_attention_with_documents_fits_the_card(install, installed, capability, dropout, expected):
+    install(capability, *installed)
+    name, why = hardware.choose_attention("auto", CUDA, "bf16", dropout, document_mask=True)
     assert name == expected and why
-    assert hardware.choose_attention("auto", CUDA, "fp32", dropout)[0] == "sdpa"
-    assert hardware.choose_attention("eager", CUDA, "bf16", dropout) == ("eager", "asked for")
+    assert hardware.choose_attention("auto", CUDA, "fp32", dropout, document_mask=True)[0] == "sdpa"
+
+
+def test_auto_attention_without_documents_is_pytorch_own(install):
+    for capability, kernel in (((9, 0), "cudnn"), ((8, 0), "flash")):
+        install(capability, 2, 3, 4)
+        name, why = hardware.choose_attention("auto", CUDA, "bf16", 0.0)
+        assert name == "sdpa" and f"{kernel} kernel" in why
+    assert hardware._sdpa_kernel(CPU, "bf16", 0.0, False) == "flash"  # as PyTorch tells it
+
+
+def test_flash_attention_by_name_works_or_says_what_to_do(install):
+    install((9, 0), 2)
+    assert hardware.choose_attention("eager", CUDA, "bf16", 0.0) == ("eager", "asked for")
+    assert hardware.choose_attention("flash_attention_2", CUDA, "bf16", 0.1) == ("flash_attention_2", "asked for")
+    for name, device, precision, dropout, message in (
+        ("flash_attention_4", CUDA, "bf16", 0.0, "not installed: pip install flash-attn-4"),
+        ("flash_attention_3", CUDA, "bf16", 0.0, "not installed: pip install .*hopper"),
+        ("flash_attention_3", CUDA, "bf16", 0.1, "has no dropout"),
+        ("flash_attention_2", CUDA, "fp32", 0.0, "not in fp32"),
+        ("flash_attention_2", CPU, "bf16", 0.0, "needs CUDA, this is cpu"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} .*{message}.*leave it at auto"):
+            hardware.choose_attention(name, device, precision, dropout)
+    install((9, 0), kernels=True)  # transformers fetches it from the Hub
+    assert hardware.choose_attention("flash_attention_3", CUDA, "bf16", 0.0)[0] == "flash_attention_3"
 
 
 def test_auto_attention_on_a_cpu():
@@ -53,15 +92,26 @@ def test_compile_obstacle_names_what_is_missing(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(hardware.sysconfig, "get_path", lambda name: "/nowhere")
         assert "Python headers" in hardware.compile_obstacle(CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+        assert "Triton" in hardware.compile_obstacle(CUDA)
     assert hardware.compile_obstacle(torch.device("mps")) is not None
 
 
 @pytest.mark.parametrize(
     ("name", "teraflops"),
-    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L40", 181), ("NVIDIA L4", 121)],
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L4", 121),
+        ("NVIDIA RTX A1000", 1),
+    ],
 )
 def test_peak_of_known_cards(monkeypatch, name, teraflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(hardware, "_measure_gemm", lambda device, dtype: 1e12)
     assert hardware.peak_flops(CUDA, torch.bfloat16)[0] == teraflops * 1e12
 
 

@@ -1,6 +1,7 @@
 """The loop: one run, one curve, whatever the topology and however often it is killed."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -15,15 +16,17 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gpt2_hf import train as training
 from gpt2_hf.cli import ConfigError
 from gpt2_hf.config import RunConfig
 from gpt2_hf.data.shards import ShardError
 from gpt2_hf.data.stream import TokenStream
 from gpt2_hf.metrics import Throughput, read_rows
 from gpt2_hf.model.loss import LossKernels
-from gpt2_hf.train import advice_on_memory, lock_folder, train
+from gpt2_hf.train import advice_on_memory, lock_folder, train, train_step
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 251
@@ -98,6 +101,34 @@ def losses(rows: list[dict]) -> list[float]:
 
 def with_steps(config: RunConfig, steps: int) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+
+
+def compile_once(make_shards, run_dir: Path, monkeypatch, **changes) -> None:
+    """Train, validate, score HellaSwag, sample, save; resume, and all again: nothing is compiled after its first use.
+
+    A new run is measured before its first step, a resumed one after step 6. No graph is broken.
+    """
+    pattern = [[(start + 3 * i) % 250 for i in range(120)] for start in range(60)]
+    data = make_shards({"train": [pattern], "val": [pattern[:4]]}, run_dir.name + "-data")
+    measured = {"eval__val_every": 2, "eval__hellaswag_every": 2, "eval__hellaswag_items": 2, "eval__sample_every": 2}
+    kept = {"eval__sample_tokens": 3, "checkpoint__save_every": 2, "model__vocab_size": None, "train__compile": "on"}
+    graphs: list[int] = []
+
+    def counted_step(*arguments):
+        result = train_step(*arguments)
+        graphs.append(counters["stats"]["unique_graphs"])
+        return result
+
+    monkeypatch.setattr(training, "train_step", counted_step)
+    for steps in (4, 8):
+        torch._dynamo.reset()
+        counters.clear()
+        graphs.clear()
+        run(tiny(data, run_dir, train__steps=steps, **measured, **kept, **changes))
+        # Training and validation each have a graph of a block, and the loss two kernels.
+        assert graphs[0] == graphs[1] and 4 <= graphs[2] == graphs[3] == counters["stats"]["unique_graphs"], graphs
+        assert not counters["graph_break"]
+    torch._dynamo.reset()
 
 
 def launch(config: RunConfig, tmp_path: Path, *launcher: str) -> subprocess.Popen:
@@ -359,6 +390,12 @@ def test_gradient_checkpointing_and_muon_run_through_the_loop(data, tmp_path):
     assert plain[-1] < plain[0] - 0.5
 
 
+@pytest.mark.parametrize("document_mask", [False, True])
+def test_each_mode_compiles_once(make_shards, tmp_path, monkeypatch, document_mask):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # no C++ to build
+    compile_once(make_shards, tmp_path / "run", monkeypatch, data__document_mask=document_mask, model__dropout=0.1)
+
+
 def test_refusals_come_before_anything_is_made(data, tmp_path):
     for changes, error, words in (
         ({"train__global_batch_tokens": 500}, ConfigError, "nearest that work"),
@@ -366,6 +403,7 @@ def test_refusals_come_before_anything_is_made(data, tmp_path):
         ({"model__vocab_size": 100}, ConfigError, "vocabulary of 251"),
         ({"train__precision": "fp16"}, ConfigError, "needs CUDA"),
         ({"train__trackers": ["nosuch"]}, ConfigError, "nosuch is unknown"),
+        ({"model__attn_implementation": "flash_attention_2"}, ConfigError, "flash_attention_2 needs CUDA"),
     ):
         with pytest.raises(error, match=words):
             train(tiny(data, tmp_path / "run", **changes))

@@ -168,7 +168,9 @@ def linear_cross_entropy(
         divisor = _count(flat_labels, num_items_in_batch) if reduction == "mean" else 1
         # Ignored rows are computed and counted 0 times: leaving them out would need their number on the host.
         counts = (flat_labels != IGNORE).to(torch.promote_types(dtype, torch.float32))
-        factor = torch.as_tensor(divisor, dtype=counts.dtype, device=counts.device).reciprocal()
+        if not isinstance(divisor, Tensor):  # filled in on the device: a copy would wait for it
+            divisor = torch.full((), divisor, dtype=counts.dtype, device=counts.device)
+        factor = divisor.to(counts).reciprocal()
         return _SummedLoss.apply(flat, weight, flat_labels.clamp(min=0), counts, factor, dtype)
 
 
