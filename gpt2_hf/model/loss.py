@@ -119,7 +119,7 @@ class _SummedLoss(torch.autograd.Function):
         dx, dw, factor = ctx.saved_tensors
         factor = factor * grads[0]
         dx = (dx.to(factor.dtype) * factor).to(ctx.hidden_dtype) if dx is not None else None
-        # In place: it has the size of the largest parameter. A second backward pass raises, as autograd sees the change.
+        # In place, as it is as large as any parameter. Autograd sees that and refuses a second backward pass.
         dw = dw.mul_(factor) if dw is not None else None
         return dx, dw, None, None, None, None
 

@@ -1,0 +1,188 @@
+"""What the benchmark found: checked, as text, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from .. import hardware
+from ..metrics import flops_per_token
+from .limits import floor_seconds, peak_of
+from .race import RaceError, Result, Row
+from .variants import Shape, initial_model
+
+# First losses agree with those in fp32 within this, in nats: bf16 moves them by about 1e-4, a wrong label by far more.
+LOSS_TOLERANCE = 5e-3
+
+
+def check(result: Result) -> str:
+    """Compare our first losses, before and after updates, with those of stock GPT-2 in fp32; what was found, in words.
+
+    Raises:
+        RaceError: when they differ, because then the speeds mean nothing.
+    """
+    ours = next(row for row in result.rows if row.variant.model == "ours")
+    plain = [row for row in result.rows if row.variant.model == "stock" and not row.error and not row.variant.padded]
+    if not plain:
+        return "no stock GPT-2 ran, so our losses were not checked"
+    reference = min(plain, key=lambda row: row.variant.bf16)
+    worst = float(np.max(np.abs(np.subtract(ours.losses, reference.losses))))  # NaN if one is
+    found = f"largest difference of our first {len(ours.losses)} losses to {reference.variant.label}: {worst:.1e}"
+    if not worst <= LOSS_TOLERANCE:
+        raise RaceError(f"{found}, more than {LOSS_TOLERANCE}: our step is wrong here, its speed means nothing")
+    return found
+
+
+def summarize(result: Result, shape: Shape, device: torch.device) -> dict[str, Any]:
+    """Everything as plain values, ready for JSON."""
+    model = initial_model(shape)
+    flops = flops_per_token(model.num_parameters(), model.config, shape.seq_len)
+    peak, peak_source = peak_of(device, result.limits)
+    floor = floor_seconds(shape, result.limits)
+    ran = [row for row in result.rows if row.rounds]
+    peers = [row for row in ran if row.variant.model != "ours"]
+    best = max((row for row in peers if not row.variant.allocator), key=lambda row: _median(row, shape), default=ran[0])
+    table = []
+    for row in ran:
+        speeds = row.tokens_per_sec(shape)
+        table.append(
+            {
+                "label": row.variant.label,
+                "tokens_per_sec": _median(row, shape),
+                "slowest": speeds[0],
+                "fastest": speeds[-1],
+                "ratio": row.ratio_to(best),
+                "mfu": _median(row, shape) * flops / peak,
+                "peak_memory_gb": row.peak_memory_gb,
+                "steps": len(speeds),
+                "contended": row.contended(),
+                "load": sum(row.loads) / len(row.loads),
+                "first_step_s": row.first_step_s,
+                "micro_batch_size": row.micro_batch_size,
+                "losses": row.losses,
+            }
+        )
+    return {
+        "date": date.today().isoformat(),
+        "machine": hardware.describe(device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "shape": asdict(shape) | {"parameters": model.num_parameters()},
+        "flops_per_token": flops,
+        "peak_flops": peak,
+        "peak_source": peak_source,
+        "best_peer": best.variant.label,
+        "check": check(result),
+        "table": table,
+        "failed": {row.variant.label: row.error for row in result.rows if row.error},
+        "limits": result.limits,
+        "floor_ms": {name: 1e3 * seconds for name, seconds in floor.items()},
+        "breakdown_ms": result.breakdown,
+    }
+
+
+def _median(row: Row, shape: Shape) -> float:
+    speeds = row.tokens_per_sec(shape)
+    return speeds[len(speeds) // 2]
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """A Markdown table and a few lines around it."""
+    shape = found["shape"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    lines = [
+        f"{shape['parameters']:,} parameters ({shape['n_layer']} layers, {shape['n_embd']} wide), "
+        f"{shape['micro_batch_size']} x {shape['seq_len']} tokens x {shape['grad_accum_steps']} a step; "
+        f"{found['date']}, {found['machine']}; {versions}",
+        "",
+        "| variant | tokens/s, median | slowest to fastest step | to the best peer | MFU | peak memory | contended |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found["table"]:
+        less = (
+            "" if row["micro_batch_size"] == shape["micro_batch_size"] else f" (micro-batch {row['micro_batch_size']})"
+        )
+        lines.append(
+            f"| {row['label']}{less} | {row['tokens_per_sec']:,.0f} | {row['slowest']:,.0f} to {row['fastest']:,.0f} | "
+            f"{row['ratio']:.2f} | {row['mfu']:.1%} | {row['peak_memory_gb']:.2f} GB | "
+            f"{row['contended']} of {row['steps']} |"
+        )
+    lines += [f"| {label} | failed: {error} | | | | | |" for label, error in found["failed"].items()]
+    limits, floor, parts = found["limits"], found["floor_ms"], found["breakdown_ms"]
+    lines += [
+        "",
+        f"MFU is (6 N + 12 L C T) x tokens/s over {found['peak_flops'] / 1e12:.3g} TFLOP/s ({found['peak_source']}). "
+        f"Contended: steps of over 1.25 times their variant's median. The best peer is {found['best_peer']}.",
+        f"Limits, the best of each round: bf16 product {limits['gemm_bf16'] / 1e12:.3g} TFLOP/s, fp32 product "
+        f"{limits['gemm_fp32'] / 1e12:.3g} TFLOP/s, copy {limits['copy'] / 1e9:.3g} GB/s.",
+    ]
+    ours = next((row for row in found["table"] if row["label"] == "gpt2_hf"), None)
+    if ours:
+        tokens = shape["micro_batch_size"] * shape["seq_len"] * shape["grad_accum_steps"]
+        step, least = 1e3 * tokens / ours["tokens_per_sec"], sum(floor.values())
+        lines.append(
+            f"Floor of a step from these: {least:,.1f} ms ("
+            + ", ".join(f"{name} {ms:,.1f}" for name, ms in floor.items())
+            + f"); ours takes {step:,.1f} ms, so {least / step:.0%} of it is unavoidable here."
+        )
+    if parts:
+        profiled = ", ".join(f"{name} {ms:,.1f}" for name, ms in parts.items())
+        lines.append(f"Our step under the profiler, ms: {profiled}.")
+    return "\n".join([*lines, f"Check: {found['check']}.", ""])
+
+
+def write(found: dict[str, Any], out: Path) -> list[Path]:
+    """benchmark.json, benchmark.md and, where matplotlib is installed, benchmark.png."""
+    (out / "benchmark.json").write_text(json.dumps(found, indent=1))
+    (out / "benchmark.md").write_text(as_text(found))
+    written = [out / "benchmark.json", out / "benchmark.md"]
+    try:
+        draw(found, out / "benchmark.png")
+    except ImportError:
+        print("no picture: it needs pip install matplotlib")
+        return written
+    return [*written, out / "benchmark.png"]
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Bars of tokens per second, with each variant's spread and peak memory."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = found["table"][::-1]
+    figure = Figure(figsize=(8, 0.9 + 0.42 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    speeds = [row["tokens_per_sec"] for row in rows]
+    spread = [
+        [row["tokens_per_sec"] - row["slowest"] for row in rows],
+        [row["fastest"] - row["tokens_per_sec"] for row in rows],
+    ]
+    colors = ["#2563a8" if row["label"] == "gpt2_hf" else "#b9c0c8" for row in rows]
+    axes.barh(
+        [row["label"] for row in rows], speeds, color=colors, xerr=spread, error_kw={"ecolor": "#5f6670", "lw": 1}
+    )
+    right = max(row["fastest"] for row in rows)
+    for place, row in enumerate(rows):
+        text = f"{row['tokens_per_sec']:,.0f}   {row['ratio']:.2f}x   {row['peak_memory_gb']:.1f} GB"
+        axes.text(right * 1.02, place, text, va="center", fontsize=9)
+    axes.set_xlim(0, right * 1.35)
+    shape = found["shape"]
+    axes.set_title(
+        f"Training tokens per second, {shape['parameters'] / 1e6:.0f}M parameters, {shape['seq_len']} positions\n"
+        f"{found['machine']}",
+        fontsize=10,
+        loc="left",
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    FigureCanvasAgg(figure).print_png(str(path))

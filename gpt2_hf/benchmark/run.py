@@ -1,0 +1,135 @@
+"""What scripts/benchmark.py does: each function measures one thing and returns it as text."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import train as training
+from ..config import CheckpointSection, EvalSection
+from ..metrics import read_rows
+from . import results
+from .race import RaceError, race
+from .variants import Shape, ladder, read_tokens, run_config, variants
+
+ROOT = Path(__file__).parents[2]
+
+
+def race_steps(
+    shape: Shape,
+    device: torch.device,
+    rounds: int,
+    seconds: float,
+    out: Path,
+    peers: Sequence[str] = (),
+    only: Sequence[str] = (),
+    ladder_instead: bool = False,
+) -> str:
+    """Optimizer steps of ours and of the peers, in turns; table, JSON and picture go to `out`.
+
+    Raises:
+        RaceError: when our losses are not stock's, or our step fails.
+    """
+    rows = ladder() if ladder_instead else variants(device.type, peers)
+    if only:
+        rows = [row for row in rows if row.model == "ours" or any(part in row.label for part in only)]
+    found = results.summarize(race(rows, shape, device, rounds, seconds, out / "logs"), shape, device)
+    written = results.write(found, out)
+    return f"{results.as_text(found)}\nwritten: {', '.join(map(str, written))}"
+
+
+def race_loop(shape: Shape, device: torch.device, rounds: int) -> str:
+    """The share of train()'s time that is spent in optimizer steps; the rest is data, logging and the loop itself.
+
+    The first steps, which compile, do not count. A step is waited for before the clock is read, so on a GPU this asks
+    more of the loop than training does.
+    """
+    shares = []
+    steps = 16
+    for _ in range(rounds):
+        with data_folder(shape) as folder:
+            config = run_config(shape, run_dir=f"{folder}/run", steps=steps, log_every=1)
+            config = replace(
+                config,
+                data=replace(config.data, path=folder),
+                eval=EvalSection(val_every=0, hellaswag_every=0, sample_every=0),
+                checkpoint=CheckpointSection(save_every=0),
+            )
+            spans: list[tuple[float, float]] = []
+
+            def timed(*args: Any, step: Any = training.train_step, spans: Any = spans) -> Any:
+                start = time.perf_counter()
+                found = step(*args)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                spans.append((start, time.perf_counter()))
+                return found
+
+            original = training.train_step
+            training.train_step = timed  # type: ignore[assignment]
+            try:
+                training.train(config)
+            finally:
+                training.train_step = original
+        spans = spans[steps // 4 :]
+        shares.append(sum(end - start for start, end in spans) / (spans[-1][1] - spans[0][0]))
+    return (
+        f"{shape.tokens:,} tokens a step ({shape.grad_accum_steps} accumulated), a row logged every step: "
+        f"{median(shares):.2%} of the loop's time is computing ({min(shares):.2%} to {max(shares):.2%}, {rounds} runs)"
+    )
+
+
+def race_start(rounds: int) -> str:
+    """Seconds from the command to the first step of the demo, with its measurements before that, in fresh processes."""
+    found: dict[str, list[float]] = {"nothing compiled before": [], "compiled before": []}
+    shape = Shape(4, 128, 4, 256, 8)
+    for _ in range(rounds):
+        with data_folder(shape) as folder:
+            for name, seconds in found.items():
+                seconds.append(_first_step(Path(folder), f"{folder}/{name.replace(' ', '_')}"))
+    return "\n".join(
+        f"demo, {name}: first step after {median(seconds):.1f} s ({min(seconds):.1f} to {max(seconds):.1f})"
+        for name, seconds in found.items()
+    )
+
+
+def _first_step(folder: Path, run_dir: str) -> float:
+    command = [sys.executable, "scripts/pretrain.py", "--config", "recipes/demo.yaml", "--train.log_every", "1"]
+    command += ["--data.path", str(folder), "--train.run_dir", run_dir]
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"), "PYTHONPATH": str(ROOT)}
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while process.poll() is None:
+            if any("train_loss" in row for row in read_rows(Path(run_dir, "metrics.jsonl"))):
+                return time.perf_counter() - start
+            time.sleep(0.02)
+        raise RaceError(f"pretrain.py ended: {(process.stderr.read().strip().splitlines() or [''])[-1]}")  # type: ignore[union-attr]
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def data_folder(shape: Shape) -> Iterator[str]:
+    """A folder with the packaged plays in shards, as build-nanogpt writes them."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = read_tokens().astype(np.uint16)
+        tokens = np.resize(tokens, max(len(tokens), 40 * shape.tokens))
+        np.save(f"{folder}/train_000001.npy", tokens)
+        np.save(f"{folder}/val_000000.npy", tokens[: max(70_000, shape.tokens)])
+        yield folder

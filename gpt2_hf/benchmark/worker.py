@@ -1,0 +1,106 @@
+"""One variant in one process: python -m gpt2_hf.benchmark.worker JSON, told by lines of standard input what to do.
+
+    (begin)        answers, once warm, with the losses of the first steps, or with an error
+    run SECONDS    train for about so long; answers with the seconds of each step
+    profile        answers with where the time of a step goes
+
+Its own process, because allocator settings, TF32 and compiled code are the process's; and a process that waits
+costs nothing, so the variants can take turns.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import json
+import sys
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..metrics import peak_memory_gb
+from .breakdown import profile_step
+from .variants import Shape, Step, Variant, build, read_batches
+
+WARM_UP_STEPS = 3
+
+
+def main() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between the answers
+    request = json.loads(sys.argv[1])
+    variant, shape = Variant(**request["variant"]), Shape(**request["shape"])
+    device = torch.device(request["device"])
+    answer: dict[str, Any]
+    try:
+        racer = Racer(variant, shape, device)
+        answer = racer.ready
+    except Exception as error:
+        answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    print(json.dumps(answer), file=answers, flush=True)
+    for line in sys.stdin:
+        answer = profile_step(racer.step_once, device) if line == "profile\n" else racer.run(float(line.split()[1]))
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class Racer:
+    """A variant that is warm: its model built, its kernels compiled.
+
+    On a GPU too small for a peer its micro-batch is halved, and accumulated, until it fits.
+    """
+
+    def __init__(self, variant: Variant, shape: Shape, device: torch.device):
+        self.device = device
+        while True:
+            try:
+                self._warm_up(variant, shape)
+                break
+            except torch.OutOfMemoryError:
+                if shape.micro_batch_size == 1:
+                    raise
+            self._step: Step | None = None
+            gc.collect()
+            torch.cuda.empty_cache()
+            size = shape.micro_batch_size // 2
+            shape = replace(shape, micro_batch_size=size, grad_accum_steps=shape.grad_accum_steps * 2)
+
+    def _warm_up(self, variant: Variant, shape: Shape) -> None:
+        start = time.perf_counter()
+        self._batches = itertools.cycle(read_batches(shape))
+        self._step = build(variant, shape, self.device)
+        losses = [self.step_once()]
+        first_step = time.perf_counter() - start
+        losses += [self.step_once() for _ in range(WARM_UP_STEPS - 1)]
+        size = shape.micro_batch_size
+        self.ready: dict[str, Any] = {"losses": losses, "first_step_s": first_step, "micro_batch_size": size}
+        self._rest()
+
+    def step_once(self) -> float:
+        """One optimizer step, waited for; its loss."""
+        assert self._step is not None
+        return float(self._step(next(self._batches)))
+
+    def run(self, seconds: float) -> dict[str, Any]:
+        self.step_once()  # takes again the memory that others may have used meanwhile
+        times: list[float] = []
+        start, cpu = time.perf_counter(), time.process_time()
+        while time.perf_counter() - start < seconds or len(times) < 2:
+            began = time.perf_counter()
+            self.step_once()
+            times.append(time.perf_counter() - began)
+        load = (time.process_time() - cpu) / sum(times)
+        self._rest()
+        return {"seconds": times, "load": load, "peak_memory_gb": peak_memory_gb(self.device)}
+
+    def _rest(self) -> None:
+        """Give back what the next variant may need."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+if __name__ == "__main__":
+    main()
