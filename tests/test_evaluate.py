@@ -178,12 +178,11 @@ def test_hellaswag_is_the_same_on_several_ranks(small_task, world_size):
     assert together.metrics == alone.metrics
 
 
-def test_hellaswag_does_not_depend_on_the_batch_and_uses_few_shapes(small_task):
+def test_hellaswag_does_not_depend_on_the_batch(small_task):
     expected = small_task.score(make_model(0.4), **SMALL)
     for tokens_per_batch in (1, 1000, 10**6):
         model = Recorder(make_model(0.4))
         scores = small_task.score(model, device="cpu", tokens_per_batch=tokens_per_batch)
-        assert len(set(model.shapes)) == len({length for _, length in model.shapes}) <= 3
         assert all(rows == 1 or rows * length <= tokens_per_batch for rows, length in model.shapes)
         for way, values in expected.loglikelihoods.items():
             np.testing.assert_allclose(scores.loglikelihoods[way], values, rtol=1e-5)
