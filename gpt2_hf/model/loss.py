@@ -21,8 +21,8 @@ IGNORE = -100
 PAD_MULTIPLE = 128
 # Logits of one chunk. Large enough that each GEMM runs at full speed and dW is added up only a few times.
 CHUNK_BYTES = 256 * 2**20
-# Without gradients on a CPU the only cost of more chunks is to read the weight again; a small one stays near the cache.
-CPU_CHUNK_BYTES = 48 * 2**20
+# Tokens and columns of a tile of logits that stays in a CPU's cache from the GEMM to the sum over its columns.
+TILE = (512, 1024)
 
 
 def softmax_stats(logits: Tensor, labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -69,9 +69,9 @@ def _pad_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return F.pad(weight.to(dtype), (0, 0, 0, padding))
 
 
-def _chunks(n_tokens: int, padded_vocab: int, itemsize: int, n_bytes: int = CHUNK_BYTES) -> list[slice]:
+def _chunks(n_tokens: int, padded_vocab: int, itemsize: int) -> list[slice]:
     """Cut the tokens into equal chunks (one shape to compile; the last may be shorter)."""
-    limit = max(128, n_bytes // (padded_vocab * itemsize))
+    limit = max(128, CHUNK_BYTES // (padded_vocab * itemsize))
     count = -(-n_tokens // limit)
     size = -(-n_tokens // count)
     return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]
@@ -183,24 +183,29 @@ def _nll(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> 
     """Negative log-likelihood per token, (N,), 0 where ignored; nothing is kept for a backward pass."""
     keep = (labels != IGNORE).nonzero()[:, 0]
     nll = torch.zeros(len(labels), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
-    padded = _pad_rows(weight, dtype)
     x, kept_labels = hidden[keep].to(dtype), labels[keep]
-    # Full batches have training's shapes and kernels; a count of labels that varies would build a kernel for each.
-    stats, n_bytes = LossKernels.stats, CHUNK_BYTES
-    if len(keep) < len(labels):
-        stats, n_bytes = _stats_in_place, CPU_CHUNK_BYTES if hidden.device.type == "cpu" else CHUNK_BYTES
-    chunks = _chunks(len(x), len(padded), x.element_size(), n_bytes) if len(x) else []
-    logits = x.new_empty(chunks[0].stop if chunks else 0, len(padded))  # for all chunks
-    for rows in chunks:
-        torch.mm(x[rows], padded.T, out=logits[: rows.stop - rows.start])
-        nll[keep[rows]] = stats(logits[: rows.stop - rows.start], kept_labels[rows], len(weight))[1]
+    if x.device.type == "cpu" and len(keep) < len(labels):
+        nll[keep] = _nll_by_tiles(x, weight, kept_labels).to(nll.dtype)
+        return nll
+    padded = _pad_rows(weight, dtype)
+    # Full batches have training's shapes; a count of labels that varies would build a kernel for each.
+    stats = LossKernels.stats if len(keep) == len(labels) else softmax_stats
+    for rows in _chunks(len(x), len(padded), x.element_size()) if len(x) else []:
+        nll[keep[rows]] = stats(x[rows] @ padded.T, kept_labels[rows], len(weight))[1]
     return nll
 
 
-def _stats_in_place(logits: Tensor, labels: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """`softmax_stats` that spends the logits: no second matrix of their size is made of fp32 ones."""
-    real = logits[:, :vocab_size]
-    real = real if real.dtype == torch.float64 else real.float()
-    wanted, top = real.gather(1, labels[:, None])[:, 0], real.amax(dim=-1)
-    lse = real.sub_(top[:, None]).exp_().sum(dim=-1).log() + top
-    return lse, lse - wanted
+def _nll_by_tiles(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood, (N,), for a CPU without a compiler: a whole row of logits would go to memory and back
+    for each step of the softmax."""
+    buffer, nll = x.new_empty(TILE[0] * TILE[1]), []
+    for rows, wanted in zip(x.split(TILE[0]), labels.split(TILE[0]), strict=True):
+        sums = []  # log-sum-exp over the columns of each tile
+        for columns in weight.split(TILE[1]):
+            tile = buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
+            torch.mm(rows, columns.to(x.dtype).T, out=tile)
+            logits = tile.to(torch.promote_types(x.dtype, torch.float32))
+            top = logits.amax(dim=-1)
+            sums.append(logits.sub_(top[:, None]).exp_().sum(dim=-1).log_().add_(top))
+        nll.append(torch.stack(sums).logsumexp(dim=0) - (rows * weight[wanted]).sum(dim=-1, dtype=sums[0].dtype))
+    return torch.cat(nll) if nll else x.new_empty(0)
