@@ -59,7 +59,9 @@ def race_hellaswag(
     model, tokenizer = load_folder(folder, where)
     model.to(precision)
     stock = GPT2LMHeadModel.from_pretrained(folder, dtype=precision).to(where).eval()  # type: ignore[arg-type]
-    scorers = {"gpt2_hf": partial(_ours, model, tokenizer, load_hellaswag(n_items), where)}
+    scorers: dict[str, Callable[[], Picks]] = {
+        "gpt2_hf": partial(_ours, model, tokenizer, load_hellaswag(n_items), where)
+    }
     scorers |= _harness(stock, tokenizer, n_items, batch_sizes)
 
     seconds: dict[str, list[float]] = {name: [] for name in scorers}
