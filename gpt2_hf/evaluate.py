@@ -8,8 +8,15 @@
 The first is lm-evaluation-harness (its task `hellaswag`, version 1.0), the second hellaswag.py of Karpathy's
 build-nanogpt. OpenAI's gpt2 gets 0.2892 / 0.3114 and 0.2955.
 
+An item's context is the same for its four endings: a row holds it once, and each ending sees it, but no other ending.
+
+    context "the man sat", endings "down ." and "up"     input_ids      the  man  sat   down  sat
+    part 0 is what both see; each sees its own part      part            0    0    1     1     2
+    from the context's last token on, which predicts     position_ids    0    1    2     3     2
+    the ending's first                                   shift_labels    -    -    down  .     up
+
 Every rank makes the same number of forward calls of the same shapes, with rows of padding where it has nothing left:
-sharded models need the first, compiled models the second.
+sharded models need that.
 
 Shapes in comments: B rows of a batch, T positions, N items.
 """
@@ -20,18 +27,19 @@ import gzip
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2_hf.data.remote import open_folder
 from gpt2_hf.data.shards import open_split
@@ -48,40 +56,42 @@ Autocast = Callable[[], AbstractContextManager]
 IGNORE = -100
 ENDINGS = 4
 WAYS = ("lm_eval", "lecture")
-# HellaSwag rows are padded to one of these lengths, so that a compiled model meets few shapes.
-BUCKETS = (48, 96, 128, 192, 256, 512, 1024)
+LENGTH_MULTIPLE = 8  # of HellaSwag's rows: attention kernels of GPUs want masks aligned so
 
 
-def _row_losses(
-    model: nn.Module,
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
-    device: torch.device,
-    autocast: Autocast,
-    documents: DocumentMask | None = None,
-) -> np.ndarray:
-    """Negative log-likelihood of each row's labels, in nats and float64, in the order of the batches.
-
-    A batch is input_ids and shift_labels, both (B, T). Rows are padded on the right, where causal attention never
-    looks, so there is no mask but the one that ``documents`` makes.
-    """
-    dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients in here; the model's mode comes back, even after an error."""
     was_training = model.training
     model.eval()
-    losses = []
     try:
         # Not inference_mode: torch.compile would build every graph again for inference tensors.
         with torch.no_grad():
-            for input_ids, shift_labels in batches:
-                on_host = torch.from_numpy(input_ids)
-                tensors = {"input_ids": on_host.to(device), "shift_labels": torch.from_numpy(shift_labels).to(device)}
-                if documents is not None:
-                    tensors |= documents(tensors["input_ids"], on_host)
-                with autocast():
-                    loss = model(**tensors, use_cache=False, reduction="none").loss  # (B, T)
-                losses.append(loss.sum(-1, dtype=dtype))
+            yield
     finally:
         model.train(was_training)
-    return torch.cat(losses).cpu().double().numpy()
+
+
+def _token_losses(model: nn.Module, autocast: Autocast, **told: Any) -> Tensor:
+    """Negative log-likelihood of each label in nats, (B, T), 0 where there is none; to be summed, so in float64."""
+    with autocast():
+        loss = model(**told, use_cache=False, reduction="none").loss
+    return loss if loss.device.type == "mps" else loss.double()  # MPS has no float64
+
+
+@contextmanager
+def _masked_attention(model: nn.Module) -> Iterator[str]:
+    """Compute attention with eager, if that is the model's backend, or else sdpa; yields which.
+
+    Only these two take any mask as a tensor. FlexAttention would build a kernel for each shape.
+    """
+    config = next(part.config for part in model.modules() if isinstance(part, PreTrainedModel))  # DDP wraps the model
+    backend = config._attn_implementation  # the blocks read it at every call
+    config._attn_implementation = "eager" if backend == "eager" else "sdpa"
+    try:
+        yield config._attn_implementation
+    finally:
+        config._attn_implementation = backend
 
 
 def _sum_over_ranks(values: np.ndarray, device: torch.device, reduce: Reduce | None) -> np.ndarray:
@@ -122,20 +132,22 @@ def validation_loss(
         )
     device = torch.device(device)
     byte_lengths = token_byte_lengths()
-    totals = np.zeros(3)  # nats, tokens, bytes
-
-    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    losses, totals = [], np.zeros(3)  # nats, tokens, bytes
+    with _evaluating(model):
         for first in range(0, n_windows, batch_size * world_size):
             start = first + rank * batch_size
             count = max(0, min(batch_size, n_windows - start))
             windows = np.zeros((batch_size, stream.seq_len + 1), dtype=np.int64)
             windows[:count] = stream.batch(start, count)
-            input_ids, labels = windows[:, :-1].copy(), windows[:, 1:].copy()
+            input_ids, labels = torch.from_numpy(windows[:, :-1].copy()), windows[:, 1:].copy()
             totals[1:] += count * stream.seq_len, byte_lengths[labels[:count]].sum()
             labels[count:] = IGNORE
-            yield input_ids, labels
-
-    totals[0] = _row_losses(model, batches(), device, autocast, documents).sum()
+            told: dict[str, Any] = {"input_ids": input_ids.to(device)}
+            if documents is not None:
+                told |= documents(told["input_ids"], input_ids)
+            told["shift_labels"] = torch.from_numpy(labels).to(device)
+            losses.append(_token_losses(model, autocast, **told).sum(-1))
+    totals[0] = torch.cat(losses).cpu().double().sum()  # read only now, so that no call waited for the one before
     nats, n_tokens, n_bytes = _sum_over_ranks(totals, device, reduce)
     return {"val_loss": float(nats / n_tokens), "val_bpb": float(nats / math.log(2) / n_bytes)}
 
@@ -185,6 +197,30 @@ class HellaSwagScores:
     loglikelihoods: dict[str, np.ndarray]
 
 
+def parts_mask(part: Tensor, backend: str) -> Tensor:
+    """What each token of rows with these parts, (B, T), may see: (B, 1, T, T), as the backend wants it.
+
+    That is part 0 and its own part, up to itself: so no row is empty, not even of padding.
+    """
+    place = torch.arange(part.shape[1], device=part.device)
+    key, query = part[:, None, :], part[:, :, None]
+    seen = (((key == 0) | (key == query)) & (place <= place[:, None]))[:, None]
+    return torch.zeros((), device=part.device).where(seen, -torch.inf) if backend == "eager" else seen
+
+
+def _row(prefix: list[int], texts: Sequence[list[int]]) -> np.ndarray:
+    """Texts with a common prefix as one row: input ids, labels, parts and positions, (4, T).
+
+    Args:
+        texts: each a prefix, one token more, and then its labels.
+    """
+    c = len(prefix)
+    pieces = [(prefix, [IGNORE] * c, 0, 0)]
+    pieces += [(text[c:-1], text[c + 1 :], part, c) for part, text in enumerate(texts, start=1)]
+    fields = [[ids, labels, [part] * len(ids), range(first, first + len(ids))] for ids, labels, part, first in pieces]
+    return np.concatenate([np.array(f, dtype=np.int32) for f in fields], axis=1)
+
+
 class HellaSwag:
     """HellaSwag items tokenised once, to be scored as often as wanted.
 
@@ -192,7 +228,7 @@ class HellaSwag:
         items: from `load_hellaswag`.
         tokenizer: a byte-level BPE, as every GPT-2 has.
         n_positions: longest input of the model; longer ones lose tokens on the left, as in lm-evaluation-harness.
-        ways: which of "lm_eval" and "lecture" to score; each costs four rows an item.
+        ways: which of "lm_eval" and "lecture" to score; each costs a row an item, or four if those lose tokens.
     """
 
     def __init__(
@@ -217,21 +253,40 @@ class HellaSwag:
         contexts = encode([context for context, _ in texts])["input_ids"]
         endings = encode([f" {ending}" for _, endings in texts for ending in endings])["input_ids"]
 
-        # Row r is ending r % 4 of text r // 4. Its first tokens are the inputs, all but the first the labels.
-        rows = [(contexts[r // ENDINGS] + ending)[-n_positions - 1 :] for r, ending in enumerate(endings)]
-        lengths = np.array([len(row) for row in rows])
-        n_tokens = np.minimum([len(ending) for ending in endings], lengths - 1)
-        self._n_tokens = n_tokens.reshape(self._shape)
-        sizes = [*(size for size in BUCKETS if size < n_positions), n_positions]
-        bucket_of = np.searchsorted(sizes, lengths - 1)
-        self._buckets = []
-        for bucket in np.unique(bucket_of):
-            numbers = np.flatnonzero(bucket_of == bucket)
-            tokens = np.zeros((len(numbers), sizes[bucket] + 1), dtype=np.int32)
-            for row, number in zip(tokens, numbers, strict=True):
-                row[: lengths[number]] = rows[number]
-            last = lengths[numbers] - 1  # labels are the positions first ... last - 1
-            self._buckets.append((numbers, tokens, last - n_tokens[numbers], last))
+        # Ending number e belongs to text e // 4.
+        tokens = [(contexts[e // ENDINGS] + ending)[-n_positions - 1 :] for e, ending in enumerate(endings)]
+        n_labels = [min(len(ending), len(text) - 1) for ending, text in zip(endings, tokens, strict=True)]
+        self._n_tokens = np.array(n_labels).reshape(self._shape)
+
+        # The endings of an item share a row, unless too little was left of the context to be the same for all.
+        def sharing(e: int) -> tuple[int, list[int]]:
+            return e // ENDINGS, tokens[e][: -n_labels[e] - 1]
+
+        rows = []
+        for (_, prefix), group in groupby(range(len(endings)), key=sharing):
+            numbers = list(group)
+            rows.append((_row(prefix, [tokens[e] for e in numbers]), numbers))
+        # The longest first: rows of a batch then differ little, and memory runs out at once or never.
+        self._rows = sorted(rows, key=lambda row: -row[0].shape[1])
+
+    def _batches(self, tokens_per_batch: int, rank: int, world_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The fields of `_row` for this rank's rows, (4, B, T), and the number of each part's ending, (B, 4).
+
+        Rows of padding, and missing parts, have the number of endings there.
+        """
+        start = 0
+        while start < len(self._rows):
+            length = -(-self._rows[start][0].shape[1] // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+            rows = self._rows[start : start + max(1, tokens_per_batch // length) * world_size]
+            rows = [row for row in rows if row[0].shape[1] > 0.85 * length - LENGTH_MULTIPLE]  # little padding
+            start += len(rows)
+            shape = (-(-len(rows) // world_size), length)
+            fields = np.stack([np.full(shape, value) for value in (0, IGNORE, 0, 0)])
+            numbers = np.full((shape[0], ENDINGS), math.prod(self._shape))
+            for i, (row, endings) in enumerate(rows[rank::world_size]):
+                fields[:, i, : row.shape[1]] = row
+                numbers[i, : len(endings)] = endings
+            yield fields, numbers
 
     def score(
         self,
@@ -246,34 +301,25 @@ class HellaSwag:
     ) -> HellaSwagScores:
         """Score all items with the model as it is; every rank returns the scores of all.
 
+        A model on another attention backend than eager computes with sdpa here, the only other one to take such masks.
+
         Args:
             tokens_per_batch: most tokens, padding included, per rank and forward call (one row at least).
             reduce, autocast: as in `validation_loss`.
         """
         device = torch.device(device)
-        scored: list[np.ndarray] = []  # row numbers, -1 where a row is padding
-
-        def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for numbers, tokens, first, last in self._buckets:
-                length = tokens.shape[1] - 1
-                rows_per_rank = -(-len(numbers) // world_size)
-                n_calls = -(-rows_per_rank // max(1, tokens_per_batch // length))
-                batch_size = -(-rows_per_rank // n_calls)  # calls of equal size: one shape a bucket, least padding
-                mine = np.full(n_calls * batch_size, -1)
-                found = np.arange(rank, len(numbers), world_size)
-                mine[: len(found)] = found
-                for rows in mine.reshape(n_calls, batch_size):
-                    windows = tokens[rows].astype(np.int64)  # (B, T + 1)
-                    position = np.arange(length)
-                    labelled = (position >= first[rows, None]) & (position < last[rows, None]) & (rows >= 0)[:, None]
-                    scored.append(np.where(rows >= 0, numbers[rows], -1))
-                    yield windows[:, :-1].copy(), np.where(labelled, windows[:, 1:], IGNORE)
-
-        losses = _row_losses(model, batches(), device, autocast)
-        numbers = np.concatenate(scored)
-        loglikelihoods = np.zeros(math.prod(self._shape))
-        loglikelihoods[numbers[numbers >= 0]] = -losses[numbers >= 0]
-        return self._scores(_sum_over_ranks(loglikelihoods, device, reduce).reshape(self._shape))
+        parts = torch.arange(1, ENDINGS + 1, device=device)[:, None]  # (4, 1)
+        losses, scored = [], []
+        with _evaluating(model), _masked_attention(model) as backend:
+            for fields, numbers in self._batches(tokens_per_batch, rank, world_size):
+                input_ids, labels, part, position_ids = torch.from_numpy(fields).to(device)  # each (B, T)
+                told = {"input_ids": input_ids, "shift_labels": labels, "position_ids": position_ids}
+                loss = _token_losses(model, autocast, **told, attention_mask=parts_mask(part, backend))
+                losses.append(loss[:, None].where(part[:, None] == parts, 0).sum(-1))  # (B, 4)
+                scored.append(numbers)
+        loglikelihoods = np.zeros(math.prod(self._shape) + 1)
+        loglikelihoods[np.concatenate(scored)] = -torch.cat(losses).cpu().double().numpy()
+        return self._scores(_sum_over_ranks(loglikelihoods[:-1], device, reduce).reshape(self._shape))
 
     def _scores(self, loglikelihoods: np.ndarray) -> HellaSwagScores:
         picks = {}

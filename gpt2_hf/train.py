@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -365,11 +365,8 @@ def build_measures(
         "autocast": accelerator.autocast,
     }
 
-    # Validation has training's shapes and uses its kernels. Other lengths compile on a GPU only: on a CPU a build takes
-    # longer than it saves.
-    def without_compile() -> AbstractContextManager:
-        return torch.compiler.set_stance("force_eager") if device.type == "cpu" else nullcontext()
-
+    # Validation has training's shapes and uses its kernels. HellaSwag and samples have many shapes: to build kernels
+    # for those takes longer than it saves.
     measures: list[tuple[int, Callable[[], dict[str, Any]]]] = []
 
     if val_data is not None:
@@ -390,7 +387,7 @@ def build_measures(
         tokens_per_batch = config.train.micro_batch_size * config.data.seq_len
 
         def hellaswag() -> dict[str, Any]:
-            with without_compile():
+            with torch.compiler.set_stance("force_eager"):
                 return task.score(model, tokens_per_batch=tokens_per_batch, **ranks).metrics
 
         measures.append((config.eval.hellaswag_every, hellaswag))

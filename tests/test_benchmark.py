@@ -24,7 +24,7 @@ PLAIN_OURS = replace(OURS, compile=False, bf16=False)
 STOCK = Variant("transformers fp32", "stock")
 
 # A model in nanoGPT's form: its names, nn.Linear's [out, in] weights, forward(tokens, targets) -> (logits, loss).
-NANO = '''
+NANO = """
 from dataclasses import dataclass
 import torch
 from torch import nn
@@ -80,7 +80,7 @@ class Small(nn.Module):
             x = block(x)
         logits = self.lm_head(parts.ln_f(x))
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-'''
+"""
 
 
 @pytest.fixture(autouse=True)

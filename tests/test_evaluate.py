@@ -20,6 +20,7 @@ from gpt2_hf.evaluate import (
     hellaswag_texts,
     load_folder,
     load_hellaswag,
+    parts_mask,
     validation_loss,
 )
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
@@ -133,6 +134,70 @@ def test_lecture_way_equals_a_plain_loop(folder, task, items, tokenizer):
     assert scores.metrics["hellaswag_stderr"] == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 100))
 
 
+@pytest.fixture(scope="module")
+def alone(items, tokenizer, tmp_path_factory) -> np.ndarray:
+    """Log-likelihoods of the endings of 25 items, (25, 4), each scored by itself with stock GPT-2, the lm-eval way."""
+    path = tmp_path_factory.mktemp("stock")
+    make_model(0.4).save_pretrained(path)
+    stock = GPT2LMHeadModel.from_pretrained(path)
+    found = []
+    for item in items[::4]:
+        context, endings = hellaswag_texts(item, "lm_eval")
+        for ending in endings:
+            labels = tokenizer.encode(" " + ending)
+            tokens = torch.tensor([(tokenizer.encode(context) + labels)[-N_POSITIONS - 1 :]])
+            with torch.no_grad():
+                logprobs = stock(tokens[:, :-1]).logits[0, -len(labels) :].log_softmax(-1)
+            found.append(logprobs.gather(1, tokens[0, -len(labels) :, None]).sum().item())
+    return np.array(found).reshape(-1, 4)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention", "flash_attention_2"])
+def test_each_ending_is_scored_as_if_alone(attention, items, tokenizer, alone):
+    model = make_model(0.4)
+    model.config._attn_implementation = attention  # flash_attention_2 is not even installed: sdpa takes its place
+    task = HellaSwag(items[::4], tokenizer, n_positions=N_POSITIONS, ways=["lm_eval"])
+    assert {1, 4} <= {len(numbers) for _, numbers in task._rows}  # both kinds of item: that fit, and that don't
+    scores = task.score(model, **SMALL)
+    np.testing.assert_allclose(scores.loglikelihoods["lm_eval"], alone, rtol=1e-4)
+    assert model.config._attn_implementation == attention
+
+
+def test_a_wrapped_model_gets_its_attention_back_after_an_error(small_task):
+    model = Recorder(make_model())
+    model.model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ZeroDivisionError):
+        small_task.score(model, **SMALL, autocast=lambda: 1 / 0)
+    assert model.model.config._attn_implementation == "flex_attention"
+
+
+def test_nothing_leaks_between_endings(items, tokenizer):
+    item = min(items, key=lambda item: len(item["ctx"]))
+    changed = {**item, "endings": [*item["endings"]]}
+    changed["endings"][1] = "sings " * len(tokenizer.encode(" " + hellaswag_texts(item, "lm_eval")[1][1]))
+    tasks = [HellaSwag([it], tokenizer, n_positions=N_POSITIONS, ways=["lm_eval"]) for it in (item, changed)]
+    before, after = (task.score(make_model(0.4), **SMALL).loglikelihoods["lm_eval"][0] for task in tasks)
+    assert abs(before[1] - after[1]) > 1
+    np.testing.assert_allclose(before[[0, 2, 3]], after[[0, 2, 3]], rtol=1e-6)
+
+
+def test_parts_mask_shows_the_prefix_and_the_own_part():
+    seen = parts_mask(torch.tensor([[0, 0, 1, 1, 2, 0]]), "sdpa")
+    assert seen.shape == (1, 1, 6, 6)
+    expected = ["100000", "110000", "111000", "111100", "110010", "110001"]  # the last is padding
+    assert ["".join(str(int(value)) for value in row) for row in seen[0, 0]] == expected
+    added = parts_mask(torch.tensor([[0, 0, 1, 1, 2, 0]]), "eager")
+    assert torch.equal(added == 0, seen) and torch.equal(added == -torch.inf, ~seen)
+
+
+def test_padding_changes_nothing(small_task, monkeypatch):
+    expected = small_task.score(make_model(0.4), **SMALL).loglikelihoods
+    monkeypatch.setattr("gpt2_hf.evaluate.LENGTH_MULTIPLE", 64)
+    padded = small_task.score(make_model(0.4), **SMALL).loglikelihoods
+    for way, values in expected.items():
+        np.testing.assert_allclose(padded[way], values, rtol=1e-5)
+
+
 @pytest.mark.parametrize("way", ["lm_eval", "lecture"])
 def test_one_way_alone_gives_the_same_numbers(way, small_task, tokenizer):
     model = make_model(0.4)
@@ -178,12 +243,11 @@ def test_hellaswag_is_the_same_on_several_ranks(small_task, world_size):
     assert together.metrics == alone.metrics
 
 
-def test_hellaswag_does_not_depend_on_the_batch_and_uses_few_shapes(small_task):
+def test_hellaswag_does_not_depend_on_the_batch(small_task):
     expected = small_task.score(make_model(0.4), **SMALL)
     for tokens_per_batch in (1, 1000, 10**6):
         model = Recorder(make_model(0.4))
         scores = small_task.score(model, device="cpu", tokens_per_batch=tokens_per_batch)
-        assert len(set(model.shapes)) == len({length for _, length in model.shapes}) <= 3
         assert all(rows == 1 or rows * length <= tokens_per_batch for rows, length in model.shapes)
         for way, values in expected.loglikelihoods.items():
             np.testing.assert_allclose(scores.loglikelihoods[way], values, rtol=1e-5)
@@ -392,6 +456,16 @@ def test_evaluate_script_prints_a_table(make_shards, monkeypatch, tmp_path, caps
     out = capsys.readouterr().out
     assert "GPT-2 124M" in out and "0.2955" in out and "HellaSwag on 8 of 10,042 items" in out
     assert re.search(r"\nvalidation loss \(nats per token\) +10\.\d{4} ", out)
+
+
+def test_the_race_with_the_harness_finds_the_same_picks(tmp_path):
+    from gpt2_hf.benchmark.hellaswag import race_hellaswag, write_random_model
+
+    shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": N_POSITIONS, "initializer_range": 0.4}
+    found = race_hellaswag(write_random_model(tmp_path, **shape), 3, 1, batch_sizes=(1, 5))
+    assert found["same_picks"] == {"acc": True, "acc_norm": True}
+    assert list(found["seconds"]) == ["gpt2_hf", "lm_eval, batch 1", "lm_eval, batch 5"]
+    assert found["speedup"]["min"] == found["speedup"]["median"] > 0
 
 
 @pytest.mark.slow

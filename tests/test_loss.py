@@ -100,3 +100,14 @@ def test_compiled_kernels_agree(monkeypatch):
     torch.testing.assert_close(compiled, eager)
     for a, b in zip(torch.autograd.grad(compiled, (hidden, weight)), eager_grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_scoring_by_tiles_equals_cross_entropy(monkeypatch, dtype, rtol):
+    monkeypatch.setattr(loss_module, "TILE", (40, 128))  # neither 143 labels nor 307 columns are a multiple
+    hidden, weight, labels = inputs(dtype)
+    with torch.no_grad():
+        nll = linear_cross_entropy(hidden, weight, labels, reduction="none")
+        logits = hidden.double() @ weight.double().T
+        expected = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    torch.testing.assert_close(nll.double(), expected, rtol=rtol, atol=rtol)

@@ -22,6 +22,8 @@ PAD_MULTIPLE = 128
 # Most bytes of a chunk's logits. The gradient of the weight is added up once a chunk, which costs a GPU more than its
 # memory; on a CPU they had better stay in the cache.
 CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 2**30}
+# Tokens and columns of a tile of logits that stays in a CPU's cache from the GEMM to the sum over its columns.
+TILE = (512, 1024)
 
 
 def exponentiate(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,11 +184,30 @@ def _nll(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> 
     """Negative log-likelihood per token, (N,), 0 where ignored; nothing is kept for a backward pass."""
     keep = (labels != IGNORE).nonzero()[:, 0]
     nll = torch.zeros(len(labels), dtype=torch.promote_types(dtype, torch.float32), device=hidden.device)
-    padded = _pad_rows(weight, dtype)
     x, kept_labels = hidden[keep].to(dtype), labels[keep]
+    if x.device.type == "cpu" and len(keep) < len(labels):
+        nll[keep] = _nll_by_tiles(x, weight, kept_labels).to(nll.dtype)
+        return nll
+    padded = _pad_rows(weight, dtype)
     # Full batches have training's shapes; a count of labels that varies would build a kernel for each.
     measure = LossKernels.exponentiate if len(keep) == len(labels) else exponentiate
     for rows in _chunks(x, len(padded)) if len(x) else []:
         logits = (x[rows] @ padded.T)[:, : len(weight)]
         nll[keep[rows]] = measure(logits, kept_labels[rows])[1]
     return nll
+
+
+def _nll_by_tiles(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood, (N,), for a CPU without a compiler: a whole row of logits would go to memory and back
+    for each step of the softmax."""
+    buffer, nll = x.new_empty(TILE[0] * TILE[1]), []
+    for rows, wanted in zip(x.split(TILE[0]), labels.split(TILE[0]), strict=True):
+        sums = []  # log-sum-exp over the columns of each tile
+        for columns in weight.split(TILE[1]):
+            tile = buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
+            torch.mm(rows, columns.to(x.dtype).T, out=tile)
+            logits = tile.to(torch.promote_types(x.dtype, torch.float32))
+            top = logits.amax(dim=-1)
+            sums.append(logits.sub_(top[:, None]).exp_().sum(dim=-1).log_().add_(top))
+        nll.append(torch.stack(sums).logsumexp(dim=0) - (rows * weight[wanted]).sum(dim=-1, dtype=sums[0].dtype))
+    return torch.cat(nll) if nll else x.new_empty(0)
