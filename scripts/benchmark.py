@@ -22,11 +22,11 @@ def main() -> None:
     parser.add_argument("--micro_batch_size", type=int, help="windows of a forward pass (default: the shape's)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each turn")
-    parser.add_argument("--items", type=int, default=100, help="of HellaSwag")
+    parser.add_argument("--hellaswag_items", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder for table, JSON and picture")
     try:
         args = parser.parse_args()
-        from gpt2_hf.benchmark.run import race_loop, race_start, race_steps
+        from gpt2_hf.benchmark.run import race_loop, race_scoring, race_start, race_steps
         from gpt2_hf.benchmark.variants import pick_device, shape_of
 
         device = pick_device(args.device)
@@ -40,7 +40,7 @@ def main() -> None:
         elif args.what == "start":
             text = race_start(args.rounds)
         else:
-            text = race_hellaswag(shape, device, args.items, args.rounds)
+            text = race_scoring(shape, device, args.hellaswag_items, args.rounds)
         print(text)
     except (ArgumentError, ImportError, OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

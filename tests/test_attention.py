@@ -1,4 +1,4 @@
-"""The backend for compiled training on a CPU against attention written out, by outputs, gradients and use in a model."""
+"""The backend for compiled training on a CPU against attention written out: outputs, gradients, use in a model."""
 
 import pytest
 import torch

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -174,7 +175,7 @@ def test_share_of_the_loop(monkeypatch):
 
 def test_ladder_adds_one_thing_a_step():
     steps = variants.ladder()
-    for before, after in zip(steps, steps[1:-1], strict=False):
+    for before, after in pairwise(steps[:-1]):
         assert sum(getattr(before, name) != getattr(after, name) for name in vars(after) if name != "label") == 1
     assert steps[-1] == OURS
 

@@ -63,8 +63,6 @@ ALLOWED = {
     "verify": set(),
     "publish": {"checkpoint", "metrics", "model.hub", "verify"},
     "evaluate": {"data.remote", "data.shards", "data.stream", "data.tokenizer", "documents", "model"},
-    "benchmark.__init__": set(),
-    "benchmark.hellaswag": {"data.tokenizer", "evaluate", "model"},
     "train": {
         "checkpoint",
         "cli",

@@ -20,8 +20,9 @@ import torch
 from .. import train as training
 from ..config import CheckpointSection, EvalSection
 from ..metrics import read_rows
-from . import results
+from .hellaswag import race_hellaswag, write_random_model
 from .race import RaceError, race
+from .results import as_text, summarize, write
 from .variants import Shape, ladder, read_tokens, run_config, variants
 
 ROOT = Path(__file__).parents[2]
@@ -45,9 +46,9 @@ def race_steps(
     rows = ladder() if ladder_instead else variants(device.type, peers)
     if only:
         rows = [row for row in rows if row.model == "ours" or any(part in row.label for part in only)]
-    found = results.summarize(race(rows, shape, device, rounds, seconds, out / "logs"), shape, device)
-    written = results.write(found, out)
-    return f"{results.as_text(found)}\nwritten: {', '.join(map(str, written))}"
+    found = summarize(race(rows, shape, device, rounds, seconds, out / "logs"), shape, device)
+    written = write(found, out)
+    return f"{as_text(found)}\nwritten: {', '.join(map(str, written))}"
 
 
 def race_loop(shape: Shape, device: torch.device, rounds: int) -> str:
@@ -122,6 +123,25 @@ def _first_step(folder: Path, run_dir: str) -> float:
     finally:
         process.kill()
         process.wait()
+
+
+def race_scoring(shape: Shape, device: torch.device, n_items: int, rounds: int) -> str:
+    """HellaSwag by our scorer and by lm-evaluation-harness, on a model of this shape with random weights."""
+    sizes = {"n_layer": shape.n_layer, "n_embd": shape.n_embd, "n_head": shape.n_head, "n_positions": shape.seq_len}
+    with tempfile.TemporaryDirectory() as folder:
+        found = race_hellaswag(write_random_model(Path(folder), **sizes), n_items, rounds, str(device))
+    lines = [f"HellaSwag, {n_items} items, {found['parameters']:,} parameters, {found['dtype']}, seconds:"]
+    lines += [f"{name}: {spread(seconds)}" for name, seconds in found["seconds"].items()]
+    lines += [f"ours is {spread(found['speedup'])} times as fast as the harness at its best batch size"]
+    lines += [
+        f"{metric}: " + ("the same picks" if not items else f"other picks for items {items}")
+        for metric, items in found["different_picks"].items()
+    ]
+    return "\n".join(lines)
+
+
+def spread(values: dict[str, float]) -> str:
+    return f"{values['median']:.2f} ({values['min']:.2f} to {values['max']:.2f})"
 
 
 @contextmanager
