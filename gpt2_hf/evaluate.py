@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from gpt2_hf import hardware
 from gpt2_hf.data.remote import open_folder
 from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.stream import TokenStream
@@ -404,6 +405,8 @@ def evaluate_folder(
         ValueError: one line, for a folder, data or number that cannot be used.
     """
     where = _device(device)
+    if where.type == "cpu":
+        hardware.reuse_freed_memory()
     if dtype == "auto":
         dtype = "bfloat16" if where.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
     autocast = partial(torch.autocast, where.type, dtype=getattr(torch, dtype), enabled=dtype != "float32")

@@ -111,7 +111,7 @@ class _SummedLoss(torch.autograd.Function):
                 part = (e.T @ (x[rows] * share).to(dtype))[:vocab_size]  # (V, C)
                 # Added up in the parameter's precision, not in that of the GEMM.
                 dw = part.to(weight.dtype) if dw is None else dw.add_(part)
-                dw.index_add_(0, labels[rows], x[rows] * -counts[rows, None])
+                dw.index_add_(0, labels[rows], (x[rows] * -counts[rows, None]).to(dw.dtype))
         ctx.save_for_backward(dx, dw, factor)
         ctx.hidden_dtype = hidden.dtype
         return torch.stack(losses).sum() * factor
