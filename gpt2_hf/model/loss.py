@@ -21,7 +21,8 @@ IGNORE = -100
 PAD_MULTIPLE = 128
 # Most bytes of a chunk's logits. The gradient of the weight is added up once a chunk, which costs a GPU more than its
 # memory; on a CPU they had better stay in the cache.
-CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 2**30}
+CHUNK_BYTES = {"cpu": 26 * 2**20, "cuda": 2**30}
+STRIPE = 8192  # columns of such a chunk that a product takes at once
 # Tokens and columns of a tile of logits that stays in a CPU's cache from the GEMM to the sum over its columns.
 TILE = (512, 1024)
 
@@ -92,7 +93,9 @@ class _SummedLoss(torch.autograd.Function):
         x = hidden.to(dtype)  # (N, C)
         need_dx, need_dw = ctx.needs_input_grad[:2]
         dx = torch.empty_like(x) if need_dx else None
-        dw = None
+        dw = torch.zeros_like(weight) if need_dw else None
+        # On a CPU the narrower products add to dw in the cache, and need less room to arrange their factors.
+        stripes = range(0, vocab_size, STRIPE if x.device.type == "cpu" else vocab_size)
         losses = []
         for rows in _chunks(x, len(padded)):
             e = x[rows] @ padded.T  # (n, P), logits at first
@@ -107,10 +110,12 @@ class _SummedLoss(torch.autograd.Function):
                 share = torch.ones_like(share)
             if dx is not None:
                 dx[rows] = (e @ padded) * share - padded[labels[rows]] * counts[rows, None]
-            if need_dw:
-                part = (e.T @ (x[rows] * share).to(dtype))[:vocab_size]  # (V, C)
-                # Added up in the parameter's precision, not in that of the GEMM.
-                dw = part.to(weight.dtype) if dw is None else dw.add_(part)
+            if dw is not None:
+                shared = (x[rows] * share).to(dtype)
+                for start in stripes:
+                    columns = slice(start, min(start + stripes.step, vocab_size))
+                    # Added up in the parameter's precision, not in that of the GEMM.
+                    dw[columns] += e[:, columns].T @ shared
                 dw.index_add_(0, labels[rows], (x[rows] * -counts[rows, None]).to(dw.dtype))
         ctx.save_for_backward(dx, dw, factor)
         ctx.hidden_dtype = hidden.dtype
