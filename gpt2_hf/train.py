@@ -365,8 +365,9 @@ def build_measures(
         "autocast": accelerator.autocast,
     }
 
-    # Validation has training's shapes and uses its kernels. HellaSwag and samples have many shapes: to build kernels
-    # for those takes longer than it saves.
+    # On a GPU validation has compiled blocks, of training's shapes. HellaSwag and samples have many shapes, for which
+    # building takes longer than it saves; on a CPU it saves nothing.
+    stance: Any = torch.compiler.set_stance if device.type == "cpu" else nullcontext
     measures: list[tuple[int, Callable[[], dict[str, Any]]]] = []
 
     if val_data is not None:
@@ -376,9 +377,10 @@ def build_measures(
         documents = build_document_mask(config, val_data, model, precision)
 
         def validate() -> dict[str, Any]:
-            return validation_loss(
-                model, stream, n_windows=n_windows, batch_size=batch_size, documents=documents, **ranks
-            )
+            with stance("force_eager"):
+                return validation_loss(
+                    model, stream, n_windows=n_windows, batch_size=batch_size, documents=documents, **ranks
+                )
 
         measures.append((config.eval.val_every, validate))
     if config.eval.hellaswag_every:
@@ -409,7 +411,8 @@ def build_measures(
 
     def measure(step: int) -> dict[str, Any]:
         row: dict[str, Any] = {}
-        for every, take in measures:
+        # Before the first step only the loss: an untrained model's answers are chance, and the run should start.
+        for every, take in measures if step else measures[: val_data is not None]:
             if is_due(every, step, config.train.steps):
                 row |= take()
         return row

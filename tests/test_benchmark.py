@@ -173,8 +173,10 @@ def test_share_of_the_loop(monkeypatch):
     assert "of the loop's time is computing" in run.race_loop(replace(TINY, vocab_size=50257), CPU, 1)
 
 
-def test_ladder_adds_one_thing_a_step():
-    steps = variants.ladder()
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ladder_adds_one_thing_a_step(device):
+    steps = variants.ladder(device)
+    assert ("+ TF32" in [step.label for step in steps]) == (device == "cuda")
     for before, after in pairwise(steps[:-1]):
         assert sum(getattr(before, name) != getattr(after, name) for name in vars(after) if name != "label") == 1
     assert steps[-1] == OURS

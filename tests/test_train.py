@@ -125,8 +125,8 @@ def compile_once(make_shards, run_dir: Path, monkeypatch, **changes) -> None:
         counters.clear()
         graphs.clear()
         run(tiny(data, run_dir, train__steps=steps, **measured, **kept, **changes))
-        # Training and validation each have a graph of a block, and the loss two kernels.
-        assert graphs[0] == graphs[1] and 3 <= graphs[2] == graphs[3] == counters["stats"]["unique_graphs"], graphs
+        # A graph of a block in training, on a GPU another in validation, and the loss's kernel.
+        assert graphs[0] == graphs[1] and 2 <= graphs[2] == graphs[3] == counters["stats"]["unique_graphs"], graphs
         assert not counters["graph_break"]
     torch._dynamo.reset()
 

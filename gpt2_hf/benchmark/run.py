@@ -23,7 +23,7 @@ from ..metrics import read_rows
 from .hellaswag import race_hellaswag, write_random_model
 from .race import RaceError, race
 from .results import as_text, summarize, write
-from .variants import Shape, ladder, read_tokens, run_config, variants
+from .variants import OURS, PLAIN, Shape, Variant, build, ladder, read_batches, read_tokens, run_config, variants
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,7 +43,7 @@ def race_steps(
     Raises:
         RaceError: when our losses are not stock's, or our step fails.
     """
-    rows = ladder() if ladder_instead else variants(device.type, peers)
+    rows = ladder(device.type) if ladder_instead else variants(device.type, peers)
     if only:
         rows = [row for row in rows if row.model == "ours" or any(part in row.label for part in only)]
     found = summarize(race(rows, shape, device, rounds, seconds, out / "logs"), shape, device)
@@ -123,6 +123,28 @@ def _first_step(folder: Path, run_dir: str) -> float:
     finally:
         process.kill()
         process.wait()
+
+
+def compare_curves(device: torch.device, seeds: int, steps: int = 300) -> str:
+    """Our step against the plain fp32 loop on stock GPT-2: the loss after 300 steps, beside the noise of seeds.
+
+    A small model on the packaged plays; a seed is one of initial weights, the same for both.
+    """
+    shape = Shape(n_layer=4, n_embd=128, n_head=4, seq_len=128, micro_batch_size=4)
+    batches = read_batches(shape)
+
+    def end(variant: Variant, seed: int) -> float:
+        step = build(variant, shape, device, seed)
+        losses = [float(step(batches[number % len(batches)])) for number in range(steps)]
+        return float(np.mean(losses[-50:]))
+
+    pairs = np.array([[end(variant, seed) for variant in (OURS, PLAIN)] for seed in range(seeds)])  # (seeds, 2)
+    apart = pairs[:, 0] - pairs[:, 1]
+    return (
+        f"mean loss of the last 50 of {steps} steps, ours and plain fp32, by seed: {pairs.round(4).tolist()}\n"
+        f"ours - plain: {apart.mean():+.4f} (by seed {apart.round(4).tolist()}); "
+        f"standard deviation between seeds: {pairs[:, 1].std(ddof=1):.4f}"
+    )
 
 
 def race_scoring(shape: Shape, device: torch.device, n_items: int, rounds: int) -> str:

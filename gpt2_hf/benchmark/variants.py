@@ -93,6 +93,7 @@ class Variant:
 
 
 OURS = Variant("gpt2_hf", "ours", bf16=True, compile=True)
+PLAIN = Variant("transformers fp32", "stock")
 
 
 def variants(device: str, peers: Sequence[str]) -> list[Variant]:
@@ -100,7 +101,7 @@ def variants(device: str, peers: Sequence[str]) -> list[Variant]:
     stock = Variant("transformers", "stock", tf32=True)
     rows = [
         OURS,
-        replace(stock, label="transformers fp32", tf32=False),
+        PLAIN,
         replace(stock, label="transformers bf16", bf16=True),
         replace(stock, label="transformers compile", compile=True),
     ]
@@ -116,8 +117,8 @@ def variants(device: str, peers: Sequence[str]) -> list[Variant]:
     return rows
 
 
-def ladder() -> list[Variant]:
-    """The lecture's steps, each row one more of them than the row above; the last is ours."""
+def ladder(device: str) -> list[Variant]:
+    """The lecture's steps, each row one more of them than the row above; the last is ours. (TF32 is a GPU's.)"""
     rows = [Variant("fp32", "stock", attention="eager")]
     for label, change in (
         ("+ TF32", {"tf32": True}),
@@ -127,20 +128,22 @@ def ladder() -> list[Variant]:
         ("+ padded vocabulary", {"padded": True}),
         ("+ fused AdamW", {"fused": True}),
     ):
-        rows.append(replace(rows[-1], label=label, **change))
+        if label != "+ TF32" or device == "cuda":
+            rows.append(replace(rows[-1], label=label, **change))
     return [*rows, OURS]
 
 
 Step = Callable[[Tensor], Tensor]  # a batch (grad_accum_steps, B, T + 1) int64 on the host -> its mean loss
 
 
-def build(variant: Variant, shape: Shape, device: torch.device) -> Step:
-    """The variant's optimizer step, with its model and optimizer inside it.
+def build(variant: Variant, shape: Shape, device: torch.device, seed: int = SEED) -> Step:
+    """The variant's optimizer step, with its model and optimizer inside it; `seed` is of the initial weights.
 
     Raises:
         ValueError, ImportError: in one line, when a peer cannot be made.
     """
-    return _build_ours(variant, shape, device) if variant.model == "ours" else _build_peer(variant, shape, device)
+    make = _build_ours if variant.model == "ours" else _build_peer
+    return make(variant, shape, device, seed)
 
 
 def run_config(shape: Shape, **train: Any) -> RunConfig:
@@ -149,20 +152,16 @@ def run_config(shape: Shape, **train: Any) -> RunConfig:
         model=shape.model_section(),
         data=DataSection(seq_len=shape.seq_len),
         optim=OptimSection("adamw", LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM),
-        train=TrainSection(
-            seed=SEED, global_batch_tokens=shape.tokens, micro_batch_size=shape.micro_batch_size, **train
-        ),
+        train=TrainSection(global_batch_tokens=shape.tokens, micro_batch_size=shape.micro_batch_size, **train),
     )
 
 
-def _build_ours(variant: Variant, shape: Shape, device: torch.device) -> Step:
+def _build_ours(variant: Variant, shape: Shape, device: torch.device, seed: int) -> Step:
     """train.py's own parts, with what its "auto" chooses."""
-    config = run_config(
-        shape, compile="auto" if variant.compile else "off", precision="auto" if variant.bf16 else "fp32"
-    )
+    compile, precision = "auto" if variant.compile else "off", "auto" if variant.bf16 else "fp32"
+    config = run_config(shape, seed=seed, compile=compile, precision=precision)
     PartialState(cpu=device.type == "cpu")
-    precision = set_precision(config, device)
-    accelerator = build_accelerator(config, precision)
+    accelerator = build_accelerator(config, precision := set_precision(config, device))
     bare_model = build_model(config, None, accelerator, precision)
     optimizers = build_optimizers(bare_model, config.optim, device)
     model, *_ = accelerator.prepare(bare_model, *optimizers)
@@ -174,12 +173,12 @@ def _build_ours(variant: Variant, shape: Shape, device: torch.device) -> Step:
     return step
 
 
-def _build_peer(variant: Variant, shape: Shape, device: torch.device) -> Step:
+def _build_peer(variant: Variant, shape: Shape, device: torch.device, seed: int) -> Step:
     """The loop of nanoGPT and of the Hugging Face examples: forward, backward, clip, step."""
     if variant.allocator:
         hardware.reuse_freed_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = variant.tf32
-    bare, loss_of = _peer_model(variant, shape)
+    bare, loss_of = _peer_model(variant, shape, seed)
     bare.to(device).train()
     model: Any = torch.compile(bare) if variant.compile else bare
     optimizer = torch.optim.AdamW(
@@ -209,7 +208,7 @@ def _build_peer(variant: Variant, shape: Shape, device: torch.device) -> Step:
     return step
 
 
-def _peer_model(variant: Variant, shape: Shape) -> tuple[nn.Module, Callable[[Any, Tensor], Tensor]]:
+def _peer_model(variant: Variant, shape: Shape, seed: int) -> tuple[nn.Module, Callable[[Any, Tensor], Tensor]]:
     """The module with our initial weights, and how it turns windows (B, T + 1) into a loss."""
     vocab_size = -(-shape.vocab_size // 128) * 128 if variant.padded else shape.vocab_size
     sizes = {"n_layer": shape.n_layer, "n_embd": shape.n_embd, "n_head": shape.n_head}
@@ -230,7 +229,7 @@ def _peer_model(variant: Variant, shape: Shape) -> tuple[nn.Module, Callable[[An
     else:
         model = _nanogpt(variant.model, {**sizes, "block_size": shape.seq_len, "vocab_size": vocab_size})
         loss = _loss_of_nanogpt
-    copy_weights(initial_model(shape), model)
+    copy_weights(initial_model(shape, seed), model)
     return model, loss
 
 
@@ -266,8 +265,8 @@ def _nanogpt(peer: str, sizes: dict[str, int]) -> nn.Module:
     return model(config(**{key: value for key, value in sizes.items() if key in known}))
 
 
-def initial_model(shape: Shape) -> GPTForCausalLM:
-    torch.manual_seed(SEED)
+def initial_model(shape: Shape, seed: int = SEED) -> GPTForCausalLM:
+    torch.manual_seed(seed)
     return GPTForCausalLM(shape.model_section().gpt_config())
 
 
