@@ -111,3 +111,13 @@ def test_scoring_by_tiles_equals_cross_entropy(monkeypatch, dtype, rtol):
         logits = hidden.double() @ weight.double().T
         expected = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
     torch.testing.assert_close(nll.double(), expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "sizes"),
+    [(100, {100}), (2048, {512}), (1024, {512}), (65536, {512}), (3 * 511, {511}), (1031, {516, 515})],
+)
+def test_chunks_have_one_size_where_possible(n_tokens, sizes):
+    chunks = loss_module._chunks(torch.empty(n_tokens, 1, dtype=torch.bfloat16), 50304)
+    assert {part.stop - part.start for part in chunks} == sizes
+    assert [part.start for part in chunks] == [0, *(part.stop for part in chunks[:-1])] and chunks[-1].stop == n_tokens

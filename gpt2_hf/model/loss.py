@@ -63,10 +63,11 @@ def _pad_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _chunks(x: Tensor, padded_vocab: int) -> list[slice]:
-    """Cut the tokens (N, C) into equal chunks (one shape to compile; the last may be shorter)."""
+    """Cut the tokens (N, C) into chunks of one size where that is possible: one shape to compile."""
     n_tokens = len(x)
     limit = max(128, CHUNK_BYTES.get(x.device.type, 2**28) // (padded_vocab * x.element_size()))
-    count = -(-n_tokens // limit)
+    fewest = -(-n_tokens // limit)
+    count = next((n for n in range(fewest, 2 * fewest) if n_tokens % n == 0), fewest)
     size = -(-n_tokens // count)
     return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]
 
