@@ -397,7 +397,7 @@ def evaluate_folder(
         n_windows: validation windows to use, from the first (default: all); each as long as the model's n_positions.
         hellaswag_items: size of the fixed HellaSwag subset (default: all 10,042); 0 leaves HellaSwag out.
         document_mask: let validation tokens see only their own document, as a run with data.document_mask does.
-        tokens_per_batch: tokens of a forward call; lower it if memory runs out.
+        tokens_per_batch: tokens of a forward call; lower it if memory runs out. On a CPU 2048 are a little faster.
         device: "auto" takes an accelerator if there is one.
         dtype: what to compute in; "auto" is bfloat16 on CUDA where supported, as in training.
 
