@@ -175,14 +175,16 @@ def draw(found: dict[str, Any], path: Path) -> None:
     right = max(row["fastest"] for row in rows)
     for place, row in enumerate(rows):
         text = f"{row['tokens_per_sec']:,.0f}   {row['ratio']:.2f}x   {row['peak_memory_gb']:.1f} GB"
-        axes.text(right * 1.02, place, text, va="center", fontsize=9)
-    axes.set_xlim(0, right * 1.4)
+        axes.text(right * 1.03, place, text, va="center", fontsize=9)
+    axes.set_xlim(0, right * 1.42)
     shape = found["shape"]
-    axes.set_title(
-        f"Training tokens per second, {shape['parameters'] / 1e6:.0f}M parameters, {shape['seq_len']} positions\n"
-        f"{found['machine']}; beside the bars: median, ratio to the best peer, peak memory",
+    figure.suptitle(
+        f"Training tokens per second, {shape['parameters'] / 1e6:.0f}M parameters, {shape['seq_len']} positions, "
+        f"{found['machine']}\nbars: median of steps, lines: slowest to fastest; then ratio to the best peer and peak"
+        " memory",
+        x=0.01,
+        ha="left",
         fontsize=9,
-        loc="left",
     )
     axes.spines[["top", "right"]].set_visible(False)
     FigureCanvasAgg(figure).print_png(str(path))
