@@ -417,6 +417,14 @@ def _lost_workers(running: Path) -> Callable[[], bool]:
     return lost
 
 
+def _interrupt_main_thread() -> None:
+    """As Control-C does. `interrupt_main` alone would not wake a thread that waits for a lock."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
+
+
 @contextlib.contextmanager
 def _progress(
     completions: Path,
@@ -448,9 +456,8 @@ def _progress(
     def repeat() -> None:
         while not stop.wait(seconds):
             show()
-            if lost and lost():
-                _thread.interrupt_main()
-                return
+            if lost and lost():  # said again while it lasts: what cleans up may wait for the lost worker, too
+                _interrupt_main_thread()
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
