@@ -58,7 +58,8 @@ def race_hellaswag(
     where, precision = torch.device(device), getattr(torch, dtype)
     model, tokenizer = load_folder(folder, where)
     model.to(precision)
-    stock = GPT2LMHeadModel.from_pretrained(folder, dtype=precision).to(where).eval()  # type: ignore[arg-type]
+    stock: Any = GPT2LMHeadModel.from_pretrained(folder, dtype=precision)
+    stock.to(where).eval()
     scorers: dict[str, Callable[[], Picks]] = {
         "gpt2_hf": partial(_ours, model, tokenizer, load_hellaswag(n_items), where)
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -19,10 +20,10 @@ def measure_limits(device: torch.device, seconds: float) -> dict[str, float]:
     for name, dtype in (("gemm_bf16", torch.bfloat16), ("gemm_fp32", torch.float32)):
         a = torch.randn(size, size, device=device).to(dtype)
         product = torch.empty_like(a)
-        limits[name] = 2 * size**3 / _fastest(lambda a=a, out=product: torch.mm(a, a, out=out), device, share)  # type: ignore[misc]
+        limits[name] = 2 * size**3 / _fastest(partial(torch.mm, a, a, out=product), device, share)
     source = torch.randn(2**25 if device.type == "cpu" else 2**28, device=device)  # beyond every cache
     target = torch.empty_like(source)
-    limits["copy"] = 2 * 4 * source.numel() / _fastest(lambda: target.copy_(source), device, share)
+    limits["copy"] = 2 * 4 * source.numel() / _fastest(partial(target.copy_, source), device, share)
     return limits
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import IO, Any
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -125,15 +125,16 @@ class Worker:
                 text=True,
                 env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
             )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._questions, self._answers = self._process.stdin, self._process.stdout
 
     def ask(self, question: str) -> dict[str, Any]:
-        pipe: IO[str] = self._process.stdin  # type: ignore[assignment]
-        pipe.write(f"{question}\n")
-        pipe.flush()
+        self._questions.write(f"{question}\n")
+        self._questions.flush()
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()  # type: ignore[union-attr]
+        line = self._answers.readline()
         if not line:
             code = self._process.wait()
             last = (self._log.read_text().strip().splitlines() or [""])[-1]
@@ -141,7 +142,7 @@ class Worker:
         return json.loads(line)
 
     def close(self) -> None:
-        self._process.stdin.close()  # type: ignore[union-attr]
+        self._questions.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:

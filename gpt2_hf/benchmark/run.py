@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -23,7 +24,19 @@ from ..metrics import read_rows
 from .hellaswag import race_hellaswag, write_random_model
 from .race import RaceError, race
 from .results import as_text, summarize, write
-from .variants import OURS, PLAIN, Shape, Variant, build, ladder, read_batches, read_tokens, run_config, variants
+from .variants import (
+    OURS,
+    PLAIN,
+    Shape,
+    Variant,
+    build,
+    ladder,
+    read_batches,
+    read_tokens,
+    run_config,
+    shape_of,
+    variants,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,12 +91,8 @@ def race_loop(shape: Shape, device: torch.device, rounds: int) -> str:
                 spans.append((start, time.perf_counter()))
                 return found
 
-            original = training.train_step
-            training.train_step = timed  # type: ignore[assignment]
-            try:
+            with patch.object(training, "train_step", timed):
                 training.train(config)
-            finally:
-                training.train_step = original
         spans = spans[steps // 4 :]
         shares.append(sum(end - start for start, end in spans) / (spans[-1][1] - spans[0][0]))
     return (
@@ -95,7 +104,7 @@ def race_loop(shape: Shape, device: torch.device, rounds: int) -> str:
 def race_start(rounds: int) -> str:
     """Seconds from the command to the first step of the demo, with its measurements before that, in fresh processes."""
     found: dict[str, list[float]] = {"nothing compiled before": [], "compiled before": []}
-    shape = Shape(4, 128, 4, 256, 8)
+    shape = shape_of("demo", "cpu")
     for _ in range(rounds):
         with data_folder(shape) as folder:
             for name, seconds in found.items():
@@ -111,15 +120,15 @@ def _first_step(folder: Path, run_dir: str) -> float:
     command += ["--data.path", str(folder), "--train.run_dir", run_dir]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"), "PYTHONPATH": str(ROOT)}
     start = time.perf_counter()
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    printed = Path(f"{run_dir}.log")
+    with printed.open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
     try:
         while process.poll() is None:
             if any("train_loss" in row for row in read_rows(Path(run_dir, "metrics.jsonl"))):
                 return time.perf_counter() - start
             time.sleep(0.02)
-        raise RaceError(f"pretrain.py ended: {(process.stderr.read().strip().splitlines() or [''])[-1]}")  # type: ignore[union-attr]
+        raise RaceError(f"pretrain.py ended: {(printed.read_text().strip().splitlines() or ['without a word'])[-1]}")
     finally:
         process.kill()
         process.wait()
