@@ -19,13 +19,15 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from .program import UserError, fail
+
 ConfigT = TypeVar("ConfigT")
 
 # Stands before text for a knob that may also be None: there jsonargparse reads YAML, where "---" or "~" is None.
 TEXT = "\0"
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting that cannot work; the message is one line that says what to do."""
 
 
@@ -71,8 +73,7 @@ def parse_cli(cls: type[ConfigT], argv: list[str] | None = None, positional: str
         values.pop("config", None)
         return _build(cls, values)
     except (jsonargparse.ArgumentError, ConfigError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error)
 
 
 def _split_recipes(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -30,6 +30,7 @@ from torch import Tensor
 from gpt2_hf.checkpoint import MANIFEST, find_model, is_stock, write_folder
 from gpt2_hf.data.tokenizer import EOT, VOCAB_SIZE, load_tokenizer
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
+from gpt2_hf.program import UserError
 
 Target = Literal["gpt2", "nanogpt", "build-nanogpt", "llmc"]
 Weights = dict[str, Tensor]
@@ -47,7 +48,7 @@ LLMC_MAGIC, LLMC_HEADER = 20240326, 256
 LLMC_VERSIONS = {3: torch.float32, 5: torch.bfloat16}
 
 
-class ConversionError(ValueError):
+class ConversionError(UserError):
     """One line: which file, what was found, what to do."""
 
 

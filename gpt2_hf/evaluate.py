@@ -370,15 +370,6 @@ def load_folder(
     return model.to(device).eval(), tokenizer
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}): try cpu") from None
-
-
 def evaluate_folder(
     folder_or_hub_id: str | Path,
     data: str | Path | None = None,
@@ -404,7 +395,7 @@ def evaluate_folder(
     Raises:
         ValueError: one line, for a folder, data or number that cannot be used.
     """
-    where = _device(device)
+    where = hardware.pick_device(device)
     if where.type == "cpu":
         hardware.reuse_freed_memory()
     if dtype == "auto":

@@ -10,6 +10,8 @@ import re
 import shutil
 import sysconfig
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,6 +47,16 @@ _FLASH_ATTENTION = {
 }
 
 
+def pick_device(name: str) -> torch.device:
+    """The device of that name, or for "auto" an accelerator if there is one. Raises ValueError where it is not here."""
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}): try cpu") from None
+
+
 def default_precision(device: torch.device) -> str:
     """The fastest precision that trains well here: bf16 where the device computes in it, else fp16 or fp32."""
     if device.type == "cuda":
@@ -75,21 +87,32 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         for key, peak in _PEAK_BF16:
             if re.search(rf"{key}\b", name):  # an A1000 is no A100
                 return peak, f"{name}, data sheet bf16"
-    return _measure_gemm(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matrix product"
+    return measure_gemm(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matrix product"
 
 
-def _measure_gemm(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    # Large enough that launching the kernel and waiting for it do not count.
-    size = 1024 if device.type == "cpu" else 8192
+def measure_gemm(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """FLOP/s of a square matrix product, the best of as many as fit in the time."""
+    size = 2048 if device.type == "cpu" else 8192  # far beyond where launching the kernel counts
     a = torch.randn(size, size, device=device).to(dtype)
-    best = float("inf")
-    end = time.perf_counter() + seconds
-    while best == float("inf") or time.perf_counter() < end:
+    product = torch.empty_like(a)
+    return 2 * size**3 / fastest(partial(torch.mm, a, a, out=product), device, seconds)
+
+
+def fastest(run: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Seconds of the fastest run, the device waited for, of those that fit in the time: at least one, after a first."""
+
+    def timed() -> float:
         start = time.perf_counter()
-        product = a @ a
-        product[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        run()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        return time.perf_counter() - start
+
+    timed()
+    best, end = timed(), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, timed())
+    return best
 
 
 def choose_attention(

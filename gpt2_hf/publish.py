@@ -15,10 +15,11 @@ from typing import Any
 from .checkpoint import STOCK_FILES, find_model, is_stock, same_weights, saved_steps
 from .metrics import read_rows
 from .model.hub import AUTO_MAP, code_files
+from .program import UserError
 from .verify import INDEX, WEIGHTS, Folder, check_folders, link, sha256, weight_files
 
 
-class PublishError(ValueError):
+class PublishError(UserError):
     """Why a folder cannot be checked or published, in one line."""
 
 

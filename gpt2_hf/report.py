@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from .metrics import read_rows
+from .program import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +41,7 @@ MARK_COLOR = "#555555"
 ERROR_COLOR = "#b3261e"
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """There is nothing to draw; the message is one line that says what is missing."""
 
 

@@ -5,17 +5,19 @@ logging keep up (loop), how long the demo's start takes (start), whether the los
 HellaSwag against lm-evaluation-harness (hellaswag).
 """
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-from jsonargparse import ArgumentError, ArgumentParser
+from gpt2_hf.program import program
 
 
+@program
 def main() -> None:
+    from jsonargparse import ArgumentParser
+
     parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--shape", choices=["demo", "4x256", "124M"], default="4x256")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--what", choices=["step", "loop", "start", "curve", "hellaswag"], default="step")
     parser.add_argument("--ladder", action="store_true", help="the lecture's ladder instead of the peers")
     parser.add_argument("--peer", action="append", default=[], help="PATH:CLASS of a nanoGPT-style model; may repeat")
@@ -25,29 +27,26 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of each turn")
     parser.add_argument("--hellaswag_items", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder for table, JSON and picture")
-    try:
-        args = parser.parse_args()
-        from gpt2_hf.benchmark.run import compare_curves, race_loop, race_scoring, race_start, race_steps
-        from gpt2_hf.benchmark.variants import pick_device, shape_of
+    args = parser.parse_args()
+    from gpt2_hf import hardware
+    from gpt2_hf.benchmark.run import compare_curves, race_loop, race_scoring, race_start, race_steps
+    from gpt2_hf.benchmark.variants import shape_of
 
-        device = pick_device(args.device)
-        shape = shape_of(args.shape, device.type)
-        if args.micro_batch_size:
-            shape = replace(shape, micro_batch_size=args.micro_batch_size)
-        if args.what == "step":
-            text = race_steps(shape, device, args.rounds, args.seconds, args.out, args.peer, args.only, args.ladder)
-        elif args.what == "loop":
-            text = race_loop(replace(shape, grad_accum_steps=8), device, args.rounds)
-        elif args.what == "start":
-            text = race_start(args.rounds)
-        elif args.what == "curve":
-            text = compare_curves(device, args.rounds)
-        else:
-            text = race_scoring(shape, device, args.hellaswag_items, args.rounds)
-        print(text)
-    except (ArgumentError, ImportError, OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    device = hardware.pick_device(args.device)
+    shape = shape_of(args.shape, device.type)
+    if args.micro_batch_size:
+        shape = replace(shape, micro_batch_size=args.micro_batch_size)
+    if args.what == "step":
+        text = race_steps(shape, device, args.rounds, args.seconds, args.out, args.peer, args.only, args.ladder)
+    elif args.what == "loop":
+        text = race_loop(replace(shape, grad_accum_steps=8), device, args.rounds)
+    elif args.what == "start":
+        text = race_start(args.rounds)
+    elif args.what == "curve":
+        text = compare_curves(device, args.rounds)
+    else:
+        text = race_scoring(shape, device, args.hellaswag_items, args.rounds)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ python scripts/convert.py model_00019560.bin out_folder
 python scripts/convert.py runs/demo model.bin --to llmc
 """
 
-import sys
-
-from jsonargparse import ArgumentError, ArgumentParser
-from transformers.utils import logging
-
-from gpt2_hf.convert import convert
+from gpt2_hf.program import program
 
 
+@program
 def main() -> None:
+    from jsonargparse import ArgumentParser
+    from transformers.utils import logging
+
+    from gpt2_hf.convert import convert
+
     description = (__doc__ or "").partition("\n")[0]
     parser = ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("source", help=".pt of nanoGPT or build-nanogpt, .bin of llm.c, a run, gpt2 folder or hub id")
@@ -21,11 +22,7 @@ def main() -> None:
     parser.add_function_arguments(convert, skip={"source", "output", "overwrite"})
     parser.add_argument("--overwrite", action="store_true", help="replace an output of the same kind")
     logging.disable_progress_bar()
-    try:
-        convert(**parser.parse_args().as_dict())
-    except (ArgumentError, OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    convert(**parser.parse_args().as_dict())
 
 
 if __name__ == "__main__":

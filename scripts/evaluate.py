@@ -1,10 +1,6 @@
 """Evaluate a checkpoint folder or hub model: validation loss and HellaSwag, beside the marks of OpenAI's GPT-2 124M."""
 
-import sys
-
-from jsonargparse import ArgumentError, ArgumentParser
-
-from gpt2_hf.evaluate import evaluate_folder
+from gpt2_hf.program import program
 
 # Metric, its name in the table, GPT-2 124M. Its validation loss is another on every text.
 ROWS = (
@@ -16,17 +12,18 @@ ROWS = (
 )
 
 
+@program
 def main() -> None:
+    from jsonargparse import ArgumentParser
+
+    from gpt2_hf.evaluate import evaluate_folder
+
     parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("folder", help="folder or hub id of a GPT-2")
     parser.add_function_arguments(evaluate_folder, skip={"folder_or_hub_id"})
-    try:
-        args = parser.parse_args().as_dict()
-        folder = args.pop("folder")
-        results = evaluate_folder(folder, **args)
-    except (ArgumentError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    args = parser.parse_args().as_dict()
+    folder = args.pop("folder")
+    results = evaluate_folder(folder, **args)
     print(f"{folder}\n{'':<34} {'this model':>10}   GPT-2 124M")
     for key, name, mark in ROWS:
         if key in results:

@@ -5,9 +5,10 @@ python scripts/prepare_data.py my.jsonl 'more/*.parquet' --out data/mine --val_d
 python scripts/prepare_data.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --out data/fineweb_edu_10bt
 """
 
-import sys
+from gpt2_hf.program import UserError, program
 
 
+@program
 def main() -> None:
     # Imported here because every worker process imports this file again, and needs none of it.
     from gpt2_hf.cli import parse_cli
@@ -16,14 +17,7 @@ def main() -> None:
     try:
         prepare(parse_cli(PrepareConfig, positional="inputs"))
     except ImportError as error:
-        fail(f"{error}: install what preparation needs with pip install -e '.[data]'")
-    except (ValueError, OSError) as error:
-        fail(str(error))
-
-
-def fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+        raise UserError(f"{error}: install what preparation needs with pip install -e '.[data]'") from error
 
 
 if __name__ == "__main__":

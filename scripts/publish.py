@@ -1,13 +1,14 @@
 """Check that a run's model, or a folder, is a GPT-2 that stock transformers loads; with --repo, push it to the Hub."""
 
-import sys
-
-from jsonargparse import ArgumentError, ArgumentParser
-
-from gpt2_hf.publish import publish
+from gpt2_hf.program import program
 
 
+@program
 def main() -> None:
+    from jsonargparse import ArgumentParser
+
+    from gpt2_hf.publish import publish
+
     parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("folder", help="a run, or a folder with a GPT-2 in it")
     parser.add_argument("--repo", help="where to publish: me/my-gpt2; without it the folder is only checked")
@@ -16,12 +17,8 @@ def main() -> None:
     parser.add_argument("--private", action="store_true", help="make a new repository private; a public one is refused")
     parser.add_argument("--license", help="for the model card, where there is none yet: the Hub's name of a licence")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list what would be uploaded")
-    try:
-        args = parser.parse_args().as_dict()
-        passed = publish(**args)
-    except (ArgumentError, OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    args = parser.parse_args().as_dict()
+    passed = publish(**args)
     if not passed:
         raise SystemExit(1)
     if args["repo"] is None and not args["check"]:

@@ -1,29 +1,27 @@
 """Draw the curves of a run (RUN/curves.png), or of several over each other; by default of the newest run."""
 
-import sys
 from pathlib import Path
 
-from jsonargparse import ArgumentError, ArgumentParser
-
-from gpt2_hf.report import plot_runs
+from gpt2_hf.program import program
 
 
+@program
 def main() -> None:
+    from jsonargparse import ArgumentParser
+
+    from gpt2_hf.report import plot_runs
+
     parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", help="folders of runs (default: the newest under runs/)")
     parser.add_argument("-o", "--out", help="PNG file (default: curves.png in the first run's folder)")
-    try:
-        args = parser.parse_args()
-        runs = args.runs
-        if not runs:
-            metrics = max(Path("runs").glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime, default=None)
-            if metrics is None:
-                raise ValueError("no run under runs/: give the folder of a run")
-            runs = [metrics.parent]
-        print(plot_runs(runs, args.out or Path(runs[0]) / "curves.png"))
-    except (ArgumentError, ImportError, OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    args = parser.parse_args()
+    runs = args.runs
+    if not runs:
+        metrics = max(Path("runs").glob("*/metrics.jsonl"), key=lambda path: path.stat().st_mtime, default=None)
+        if metrics is None:
+            raise ValueError("no run under runs/: give the folder of a run")
+        runs = [metrics.parent]
+    print(plot_runs(runs, args.out or Path(runs[0]) / "curves.png"))
 
 
 if __name__ == "__main__":

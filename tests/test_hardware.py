@@ -111,7 +111,7 @@ def test_compile_obstacle_names_what_is_missing(monkeypatch):
 )
 def test_peak_of_known_cards(monkeypatch, name, teraflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(hardware, "_measure_gemm", lambda device, dtype: 1e12)
+    monkeypatch.setattr(hardware, "measure_gemm", lambda device, dtype: 1e12)
     assert hardware.peak_flops(CUDA, torch.bfloat16)[0] == teraflops * 1e12
 
 

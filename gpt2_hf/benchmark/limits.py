@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,33 +12,12 @@ from .variants import Shape
 
 def measure_limits(device: torch.device, seconds: float) -> dict[str, float]:
     """FLOP/s of bf16 and fp32 matrix products and bytes/s of a copy (read and written), each the best of many."""
-    share = seconds / 3
-    size = 2048 if device.type == "cpu" else 8192  # squares, far beyond where launching one counts
-    limits = {}
-    for name, dtype in (("gemm_bf16", torch.bfloat16), ("gemm_fp32", torch.float32)):
-        a = torch.randn(size, size, device=device).to(dtype)
-        product = torch.empty_like(a)
-        limits[name] = 2 * size**3 / _fastest(partial(torch.mm, a, a, out=product), device, share)
+    dtypes = {"gemm_bf16": torch.bfloat16, "gemm_fp32": torch.float32}
+    limits = {name: hardware.measure_gemm(device, dtype, seconds / 3) for name, dtype in dtypes.items()}
     source = torch.randn(2**25 if device.type == "cpu" else 2**28, device=device)  # beyond every cache
     target = torch.empty_like(source)
-    limits["copy"] = 2 * 4 * source.numel() / _fastest(partial(target.copy_, source), device, share)
+    limits["copy"] = 2 * 4 * source.numel() / hardware.fastest(partial(target.copy_, source), device, seconds / 3)
     return limits
-
-
-def _fastest(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    run()
-    wait()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        run()
-        wait()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def floor_seconds(shape: Shape, limits: dict[str, float]) -> dict[str, float]:

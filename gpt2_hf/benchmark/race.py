@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..program import UserError
 from .limits import measure_limits
 from .variants import Shape, Variant
 
 CONTENDED = 1.25  # a step is, when it takes so many times the median of its variant
 
 
-class RaceError(ValueError):
+class RaceError(UserError):
     """The benchmark cannot run, or its result is worthless; the message is one line."""
 
 

@@ -299,14 +299,3 @@ def read_batches(shape: Shape) -> Tensor:
     n_steps = max(2, len(tokens) // (shape.tokens + shape.tokens // shape.seq_len))
     windows = (n_steps, shape.grad_accum_steps, shape.micro_batch_size, shape.seq_len + 1)
     return torch.from_numpy(np.resize(tokens, windows))
-
-
-def pick_device(name: str) -> torch.device:
-    """Raises ValueError for a device that is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: choose auto, cpu or cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA device; try cpu")
-    return torch.device(name)

@@ -7,8 +7,10 @@ from typing import Protocol
 
 import numpy as np
 
+from ..program import UserError
 
-class ShardError(ValueError):
+
+class ShardError(UserError):
     """The data folder is missing, incomplete or damaged."""
 
 
