@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -48,7 +49,7 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def fail(error: BaseException | str) -> None:
+def fail(error: BaseException | str) -> NoReturn:
     """One line on stderr, and exit status 2."""
     say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
     raise SystemExit(2) from None
