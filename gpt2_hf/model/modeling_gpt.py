@@ -6,6 +6,7 @@ Shapes in comments: B batch, T positions (query), S positions (key), C channels,
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -29,6 +30,10 @@ from .loss import linear_cross_entropy
 
 # Backends that are causal by themselves when no mask is given. The others need the mask as a tensor or block mask.
 _CAUSAL_WITHOUT_MASK = ("sdpa", "blockwise", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+
+
+# transformers 5.24 renamed the cache, in its own calls and in what it expects to get back.
+_CACHE = "cache" if any(field.name == "cache" for field in fields(BaseModelOutputWithPast)) else "past_key_values"
 
 
 class ResidualProjection(Conv1D):
@@ -56,12 +61,12 @@ class GPTAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(
-        self, x: Tensor, attention_mask: Any = None, past_key_values: Cache | None = None, **kwargs: Any
+        self, x: Tensor, attention_mask: Any = None, kv_cache: Any = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         heads = (*x.shape[:-1], -1, self.head_dim)  # (B, T, H, D)
         query, key, value = (part.view(heads).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, S, D)
+        if kv_cache is not None:
+            key, value = kv_cache.update(key, value, self.layer_idx, kwargs=kwargs)  # (B, H, S, D)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.dropout if self.training else 0.0
@@ -96,10 +101,9 @@ class GPTBlock(GradientCheckpointingLayer):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = GPTMLP(config)
 
-    def forward(
-        self, x: Tensor, attention_mask: Any = None, past_key_values: Cache | None = None, **kwargs: Any
-    ) -> Tensor:
-        x = x + self.attn(self.ln_1(x), attention_mask, past_key_values, **kwargs)[0]
+    def forward(self, x: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
+        kv_cache = kwargs.pop(_CACHE, None)  # by its name of the day, under which checkpointing takes it away
+        x = x + self.attn(self.ln_1(x), attention_mask, kv_cache, **kwargs)[0]
         return x + self.mlp(self.ln_2(x))
 
 
@@ -109,7 +113,7 @@ class GPTPreTrainedModel(HubModel, PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GPTBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [_CACHE]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -172,8 +176,13 @@ class GPTModel(GPTPreTrainedModel):
         position_ids: Tensor | None = None,  # (B, T) or (1, T); where they start again, so does attention (no cache)
         inputs_embeds: Tensor | None = None,  # (B, T, C), instead of input_ids
         use_cache: bool | None = None,
+        cache: Any = None,  # past_key_values, as transformers calls it from 5.24 on
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
+        if cache is None:
+            cache = past_key_values
+        elif _CACHE != "cache" and not isinstance(cache, Cache):  # continuous batching's, for its attention function
+            kwargs["cache"], cache = cache, past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if kwargs.pop("encoder_hidden_states", None) is not None:
@@ -181,16 +190,16 @@ class GPTModel(GPTPreTrainedModel):
         x = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
         # A mask is a (T, S) tensor that turns off the fast kernels: build one only when something must be hidden
         # beside the future, or when the backend cannot hide the future by itself.
-        plain = attention_mask is None and position_ids is None and past_key_values is None
+        plain = attention_mask is None and position_ids is None and cache is None
         if "cu_seq_lens_q" in kwargs and self.config._attn_implementation.startswith("flash_attention"):
             plain = attention_mask is None  # it is told where documents end: don't read that from the device again
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             exporting = torch.compiler.is_exporting()  # to compare would fix the longest sequence in the program
             if not exporting and isinstance(seen, int) and seen + x.shape[1] > self.config.n_positions:
                 raise ValueError(f"{seen + x.shape[1]} tokens for a model of {self.config.n_positions} positions")
@@ -200,16 +209,14 @@ class GPTModel(GPTPreTrainedModel):
             kwargs["position_ids"] = position_ids
         mask = None
         if not (plain and self.config._attn_implementation in _CAUSAL_WITHOUT_MASK):
-            mask = create_causal_mask(self.config, x, attention_mask, past_key_values, position_ids=position_ids)
+            mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids=position_ids)
 
         if token_type_ids is not None:
             x = x + self.wte(token_type_ids)
         x = self.drop(x + self.wpe(position_ids))
         for block in self.h:
-            x = block(x, mask, past_key_values=past_key_values, **kwargs)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(x), past_key_values=past_key_values if use_cache else None
-        )
+            x = block(x, mask, **{_CACHE: cache}, **kwargs)
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x), **{_CACHE: cache if use_cache else None})
 
 
 class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
@@ -237,11 +244,14 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         reduction: str = "mean",
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, V), or a loss, or both.
 
         Args:
+            past_key_values: keys and values of earlier tokens; called ``cache`` from transformers 5.24 on. Either name
+                works with any version.
             labels: (B, T), usually a copy of ``input_ids``; position t is scored against label t+1, -100 is ignored.
                 Loss and logits come out as from stock GPT-2.
             shift_labels: (B, T), label t already being the token after input t; -100 is ignored. The training path:
@@ -260,6 +270,7 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         out = self.transformer(
             input_ids,
             past_key_values=past_key_values,
+            cache=cache,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
             position_ids=position_ids,
@@ -280,7 +291,7 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
+            **{_CACHE: out[_CACHE] if _CACHE in out else None},
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
