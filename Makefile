@@ -11,16 +11,20 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 
 LOWER := .venv-lower
 LOWEST := $(shell sed -n 's/^ *transformers>=//p' setup.cfg).0
 
+# What has been released since constraints.txt was written is laid over $(VENV), PyTorch apart.
+UPPER := .venv-upper
+
 # Where gpu-check writes what it found.
 OUT ?= runs/gpu-check
 
-.PHONY: help setup demo test test-lower gpu-check lint format clean
+.PHONY: help setup demo test test-lower test-upper gpu-check lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train a small GPT-2 on Shakespeare, evaluate it, sample from it (minutes on two cores)"
 	@echo "make test    run the tests; TESTS='tests/test_model.py ...' for some of them"
 	@echo "make test-lower  run them with transformers $(LOWEST), the oldest supported"
+	@echo "make test-upper  run them with the newest releases that setup.cfg admits, looked up now"
 	@echo "make gpu-check   on a GPU, with \$$PYTHON as it is: the GPU's tests, then the benchmark; results in $(OUT)"
 	@echo "make lint    check format, style and types"
 	@echo "make setup   make the virtual environment $(VENV) only"
@@ -53,6 +57,16 @@ $(LOWER)/ready: $(VENV)/ready
 		--target $(LOWER) transformers==$(LOWEST)
 	@touch $@
 
+test-upper: setup
+	rm -rf $(UPPER) && mkdir $(UPPER)
+	grep -E '^torch==' constraints.txt > $(UPPER)/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --dry-run --upgrade --upgrade-strategy eager \
+		-c $(UPPER)/constraints.txt -e '.[data,eval,report,dev]' --report $(UPPER)/report.json
+	$(BIN)/python -c 'import json, sys; [print(m["name"] + "==" + m["version"]) for p in json.load(sys.stdin)["install"] \
+		if (m := p["metadata"])["name"] not in ("gpt2_hf", "gpt2-hf")]' < $(UPPER)/report.json | tee $(UPPER)/newer.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(UPPER) -r $(UPPER)/newer.txt
+	PYTHONPATH=$(CURDIR)/$(UPPER) $(PYTEST) $(TESTS)
+
 # The Python that has the GPU's PyTorch, transformers, accelerate, pytest and jsonargparse; it needs no network.
 gpu-check: export HF_HUB_OFFLINE := 1
 gpu-check: export PYTHONPATH := $(CURDIR)
@@ -81,4 +95,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(LOWER) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWER) $(UPPER) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -42,6 +42,7 @@ from .generate import sample_text
 from .metrics import RunLog, Throughput, flops_per_token, peak_memory_gb
 from .model import GPTForCausalLM
 from .model.loss import LossKernels
+from .model.versions import check_first_step
 from .optim import build_optimizers, lr_at, set_lr, step_optimizers
 from .report import ReportError, plot_curves, summarize
 
@@ -85,6 +86,7 @@ def train(config: RunConfig) -> Path:
     documents = build_document_mask(config, train_data, bare_model, precision)
     throughput = build_throughput(config, accelerator, bare_model, precision)
     log = open_log(config, accelerator, start_step, train_data, precision)
+    check_first_step(bare_model)
 
     def save(step: int) -> None:
         optimizer_state = checkpoint.trainer_state(bare_model, bare_optimizers)
