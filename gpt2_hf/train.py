@@ -30,7 +30,6 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from . import checkpoint, hardware
-from .cli import ConfigError
 from .config import RunConfig
 from .data.remote import open_folder
 from .data.shards import ShardSet, open_split
@@ -39,6 +38,7 @@ from .data.tokenizer import load_tokenizer
 from .documents import DocumentMask
 from .evaluate import HellaSwag, load_hellaswag, validation_loss
 from .generate import sample_text
+from .knobs import ConfigError
 from .metrics import RunLog, Throughput, flops_per_token, peak_memory_gb
 from .model import GPTForCausalLM
 from .model.loss import LossKernels
