@@ -8,24 +8,26 @@ readings (1:30 is 90, 010 is 8, the last of two equal keys wins) a recipe has no
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import dataclasses
 import difflib
 import glob
+import inspect
 import json
 import math
 import os
 import re
 import sys
 import types
-from collections.abc import Hashable
+from collections.abc import Callable, Container, Hashable
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .knobs import LARGEST, ConfigError, limit_of, shown
+from .knobs import LARGEST, ConfigError, limit_of, shown, take
 from .program import fail
 
 ConfigT = TypeVar("ConfigT")
@@ -82,6 +84,63 @@ def parse_cli(cls: type[ConfigT], argv: list[str] | None = None, positional: str
         return _build(cls, values)
     except (jsonargparse.ArgumentError, ConfigError, OSError) as error:
         fail(error)
+
+
+class Arguments(argparse.ArgumentParser):
+    """A script's own arguments, read and checked as the knobs of a recipe are; a mistake is one line and status 2."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)
+
+    def add_knob(self, *flags: str, kind: Any, help: str, **options: Any) -> None:
+        """An argument whose annotation is ``kind``; its limits and its default are added to ``help``."""
+        name, limit, default = flags[-1].lstrip("-"), limit_of(kind), options.get("default")
+        help += f" [{limit}]" if limit else ""
+        help += f" (default: {default})" if default not in (None, "", []) else ""
+
+        def read(text: str) -> Any:
+            try:
+                return read_value(name, text, kind)
+            except ConfigError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+
+        self.add_argument(*flags, type=read, help=help.replace("%", "%%"), **options)
+
+    def add_knobs_of(self, function: Callable[..., Any], skip: Container[str]) -> None:
+        """An argument for each of a function's; its docstring has their help."""
+        from docstring_parser import parse
+
+        described = {item.arg_name: item.description or "" for item in parse(function.__doc__ or "").params}
+        hints = get_type_hints(function, include_extras=True)
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name not in skip:
+                text = " ".join(described[name].split())
+                words = [word for kind in (hints[name], *get_args(hints[name])) for word in _words(kind)]
+                text += f": {', '.join(words)}" if words else ""
+                self.add_knob(f"--{name}", kind=hints[name], help=text, default=parameter.default)
+
+
+def _words(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def read_value(name: str, text: str, annotation: Any) -> Any:
+    """One word of the command line as a knob of that annotation takes it. Raises ConfigError."""
+    plain = _without_limits(annotation)
+    kinds = {int, float, bool} & {plain, *get_args(plain)}
+    value = json.loads(_plain_value(f"--{name}={text}", {name: plain}).partition("=")[2]) if kinds else text
+    return take(name, value, annotation)
+
+
+def _without_limits(annotation: Any) -> Any:
+    if get_origin(annotation) is Annotated:
+        return _without_limits(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        return Union[tuple(_without_limits(kind) for kind in get_args(annotation))]  # noqa: UP007 - made, not written
+    return annotation
 
 
 def _show_limits(parser: Any, cls: type) -> None:

@@ -20,7 +20,7 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from gpt2_hf.checkpoint import MANIFEST, find_model, is_stock, write_folder
 from gpt2_hf.data.tokenizer import EOT, VOCAB_SIZE, load_tokenizer
+from gpt2_hf.knobs import Range, checked
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
 from gpt2_hf.program import UserError
 
@@ -52,6 +53,7 @@ class ConversionError(UserError):
     """One line: which file, what was found, what to do."""
 
 
+@checked
 def convert(
     source: str | Path,
     output: str | Path,
@@ -59,8 +61,8 @@ def convert(
     to: Target | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     activation: Literal["gelu", "gelu_new"] | None = None,
-    n_head: int | None = None,
-    vocab_size: int | None = None,
+    n_head: Annotated[int, Range(1)] | None = None,
+    vocab_size: Annotated[int, Range(1)] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Read a checkpoint, whatever its format, write it in another, and print what was read, changed and written.

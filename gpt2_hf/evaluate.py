@@ -34,7 +34,7 @@ from functools import partial
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -42,11 +42,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gpt2_hf import hardware
+from gpt2_hf.checkpoint import find_model
 from gpt2_hf.data.remote import open_folder
 from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.stream import TokenStream
 from gpt2_hf.data.tokenizer import load_tokenizer, token_byte_lengths
 from gpt2_hf.documents import DocumentMask
+from gpt2_hf.knobs import PathName, Range, checked
 
 if TYPE_CHECKING:
     from gpt2_hf.model import GPTForCausalLM
@@ -342,7 +344,7 @@ class HellaSwag:
 def load_folder(
     folder_or_hub_id: str | Path, device: torch.device | str = "cpu"
 ) -> tuple[GPTForCausalLM, PreTrainedTokenizerBase]:
-    """A GPT-2 checkpoint, stock or ours, in float32 and eval mode, and its tokenizer (the packaged one if it has none).
+    """A GPT-2 checkpoint, stock or ours, or a run's, in float32 and eval mode, and its tokenizer (or the packaged one).
 
     Raises:
         ValueError: one line, when there is no such folder or model, when it is not a GPT-2, or lacks weights.
@@ -350,6 +352,11 @@ def load_folder(
     from gpt2_hf.model import GPTForCausalLM
 
     name = str(folder_or_hub_id)
+    if (Path(name) / "checkpoints").is_dir() or (Path(name) / "final").is_dir():
+        try:
+            name = str(find_model(Path(name)))
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from None
     # A hub id has at most one slash and never starts with a dot or a slash.
     if not Path(name).is_dir() and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         raise ValueError(f"no folder {name}: give a checkpoint folder (with config.json), or a model id of the Hub")
@@ -370,14 +377,15 @@ def load_folder(
     return model.to(device).eval(), tokenizer
 
 
+@checked
 def evaluate_folder(
     folder_or_hub_id: str | Path,
-    data: str | Path | None = None,
+    data: Annotated[str | Path, PathName(remote=True)] | None = None,
     *,
-    n_windows: int | None = None,
-    hellaswag_items: int | None = None,
+    n_windows: Annotated[int, Range(1)] | None = None,
+    hellaswag_items: Annotated[int, Range(0, 10_042)] | None = None,
     document_mask: bool = False,
-    tokens_per_batch: int = 16_384,
+    tokens_per_batch: Annotated[int, Range(1, 10**9)] = 16_384,
     device: str = "auto",
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
 ) -> dict[str, float]:

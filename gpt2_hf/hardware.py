@@ -52,9 +52,12 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise ValueError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}): try cpu") from None
+    if device.type == "meta":
+        raise ValueError("device 'meta' has no memory and computes nothing: try cpu")
+    return device
 
 
 def default_precision(device: torch.device) -> str:

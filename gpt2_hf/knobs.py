@@ -65,6 +65,7 @@ class PathName:
         return "path or URL" if self.remote else "path"
 
     def take(self, name: str, value: Any) -> Any:
+        value = os.fspath(value)
         if not value.strip():
             raise ConfigError(f"{name} is empty: name a file or folder (is a shell variable unset?)")
         if value in ("null", "None"):

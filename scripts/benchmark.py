@@ -7,26 +7,30 @@ HellaSwag against lm-evaluation-harness (hellaswag).
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated
 
+from gpt2_hf.cli import Arguments
+from gpt2_hf.knobs import PathName, Range
 from gpt2_hf.program import program
 
 
 @program
 def main() -> None:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
+    count = Annotated[int, Range(1, 10**6)]
+    parser = Arguments(__doc__)
     parser.add_argument("--shape", choices=["demo", "4x256", "124M"], default="4x256")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--what", choices=["step", "loop", "start", "curve", "hellaswag"], default="step")
     parser.add_argument("--ladder", action="store_true", help="the lecture's ladder instead of the peers")
     parser.add_argument("--peer", action="append", default=[], help="PATH:CLASS of a nanoGPT-style model; may repeat")
     parser.add_argument("--only", action="append", default=[], help="only rows with this in their name; may repeat")
-    parser.add_argument("--micro_batch_size", type=int, help="windows of a forward pass (default: the shape's)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each turn")
-    parser.add_argument("--hellaswag_items", type=int, default=100)
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="folder for table, JSON and picture")
+    help = "windows of a forward pass (default: the shape's)"
+    parser.add_knob("--micro_batch_size", kind=count, help=help)
+    parser.add_knob("--rounds", kind=count, default=5, help="turns of each")
+    parser.add_knob("--seconds", kind=Annotated[float, Range(above=0, at_most=3600)], default=4.0, help="of each turn")
+    parser.add_knob("--hellaswag_items", kind=Annotated[int, Range(1, 10_042)], default=100, help="items of it")
+    help = "folder for table, JSON and picture"
+    parser.add_knob("--out", kind=Annotated[str, PathName()], default="runs/benchmark", help=help)
     args = parser.parse_args()
     from gpt2_hf import hardware
     from gpt2_hf.benchmark.run import compare_curves, race_loop, race_scoring, race_start, race_steps
@@ -37,7 +41,7 @@ def main() -> None:
     if args.micro_batch_size:
         shape = replace(shape, micro_batch_size=args.micro_batch_size)
     if args.what == "step":
-        text = race_steps(shape, device, args.rounds, args.seconds, args.out, args.peer, args.only, args.ladder)
+        text = race_steps(shape, device, args.rounds, args.seconds, Path(args.out), args.peer, args.only, args.ladder)
     elif args.what == "loop":
         text = race_loop(replace(shape, grad_accum_steps=8), device, args.rounds)
     elif args.what == "start":

@@ -1,22 +1,29 @@
 """Measure how fast text becomes tokens: python scripts/benchmark_data.py [my.jsonl.zst folder/] [--what worker]"""
 
 from importlib.metadata import version
+from typing import Annotated
 
+from gpt2_hf.cli import Arguments
+from gpt2_hf.knobs import PathName, Range
 from gpt2_hf.program import program
 
 
 @program
 def main() -> None:
-    from jsonargparse import ArgumentParser
-
     # Imported here because every worker process imports this file again, and needs none of it.
     from gpt2_hf.data.read import Source
     from gpt2_hf.data.speed import benchmark_encoding, benchmark_preparation, benchmark_worker, read_texts
 
-    parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("inputs", nargs="*", default=["shakespeare"], help="what prepare_data.py reads (the plays)")
-    parser.add_argument("--documents", type=int, help="read no more of them (not for --what preparation)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser, count = Arguments(__doc__), Annotated[int, Range(1)]
+    parser.add_knob(
+        "inputs",
+        nargs="*",
+        kind=Annotated[str, PathName()],
+        default=["shakespeare"],
+        help="what prepare_data.py reads (the plays)",
+    )
+    parser.add_knob("--documents", kind=count, help="read no more of them (not for --what preparation)")
+    parser.add_knob("--rounds", kind=count, default=5, help="turns of each")
     parser.add_argument("--what", choices=["encoding", "worker", "preparation", "all"], default="all")
     args = parser.parse_args()
     source = Source(inputs=tuple(args.inputs))

@@ -1,5 +1,9 @@
 """Evaluate a checkpoint folder or hub model: validation loss and HellaSwag, beside the marks of OpenAI's GPT-2 124M."""
 
+from typing import Annotated
+
+from gpt2_hf.cli import Arguments
+from gpt2_hf.knobs import PathName
 from gpt2_hf.program import program
 
 # Metric, its name in the table, GPT-2 124M. Its validation loss is another on every text.
@@ -14,14 +18,12 @@ ROWS = (
 
 @program
 def main() -> None:
-    from jsonargparse import ArgumentParser
-
     from gpt2_hf.evaluate import evaluate_folder
 
-    parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("folder", help="folder or hub id of a GPT-2")
-    parser.add_function_arguments(evaluate_folder, skip={"folder_or_hub_id"})
-    args = parser.parse_args().as_dict()
+    parser = Arguments(__doc__)
+    parser.add_knob("folder", kind=Annotated[str, PathName()], help="a run, a folder with a GPT-2 in it, or a hub id")
+    parser.add_knobs_of(evaluate_folder, skip={"folder_or_hub_id"})
+    args = vars(parser.parse_args())
     folder = args.pop("folder")
     results = evaluate_folder(folder, **args)
     print(f"{folder}\n{'':<34} {'this model':>10}   GPT-2 124M")

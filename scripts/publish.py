@@ -1,23 +1,25 @@
 """Check that a run's model, or a folder, is a GPT-2 that stock transformers loads; with --repo, push it to the Hub."""
 
+from typing import Annotated
+
+from gpt2_hf.cli import Arguments
+from gpt2_hf.knobs import PathName
 from gpt2_hf.program import program
 
 
 @program
 def main() -> None:
-    from jsonargparse import ArgumentParser
-
     from gpt2_hf.publish import publish
 
-    parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("folder", help="a run, or a folder with a GPT-2 in it")
+    parser = Arguments(__doc__)
+    parser.add_knob("folder", kind=Annotated[str, PathName()], help="a run, or a folder with a GPT-2 in it")
     parser.add_argument("--repo", help="where to publish: me/my-gpt2; without it the folder is only checked")
     parser.add_argument("--check", action="store_true", help="check only")
     parser.add_argument("--with-code", "--with_code", action="store_true", help="publish our model code too")
     parser.add_argument("--private", action="store_true", help="make a new repository private; a public one is refused")
     parser.add_argument("--license", help="for the model card, where there is none yet: the Hub's name of a licence")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list what would be uploaded")
-    args = parser.parse_args().as_dict()
+    args = vars(parser.parse_args())
     passed = publish(**args)
     if not passed:
         raise SystemExit(1)

@@ -1,19 +1,20 @@
 """Draw the curves of a run (RUN/curves.png), or of several over each other; by default of the newest run."""
 
 from pathlib import Path
+from typing import Annotated
 
+from gpt2_hf.cli import Arguments
+from gpt2_hf.knobs import PathName
 from gpt2_hf.program import program
 
 
 @program
 def main() -> None:
-    from jsonargparse import ArgumentParser
-
     from gpt2_hf.report import plot_runs
 
-    parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("runs", nargs="*", help="folders of runs (default: the newest under runs/)")
-    parser.add_argument("-o", "--out", help="PNG file (default: curves.png in the first run's folder)")
+    parser, path = Arguments(__doc__), Annotated[str, PathName()]
+    parser.add_knob("runs", nargs="*", kind=path, help="folders of runs (default: the newest under runs/)")
+    parser.add_knob("-o", "--out", kind=path, help="PNG file (default: curves.png in the first run's folder)")
     args = parser.parse_args()
     runs = args.runs
     if not runs:

@@ -65,7 +65,16 @@ ALLOWED = {
     "convert": {"checkpoint", "data.tokenizer", "model"},
     "verify": set(),
     "publish": {"checkpoint", "metrics", "model.hub", "verify"},
-    "evaluate": {"data.remote", "data.shards", "data.stream", "data.tokenizer", "documents", "hardware", "model"},
+    "evaluate": {
+        "checkpoint",
+        "data.remote",
+        "data.shards",
+        "data.stream",
+        "data.tokenizer",
+        "documents",
+        "hardware",
+        "model",
+    },
     "train": {
         "checkpoint",
         "cli",

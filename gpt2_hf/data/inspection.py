@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from ..config import RunConfig
+from ..knobs import Range, checked
 from .folder import Folder, LocalFolder
 from .remote import open_folder
 from .shards import Shard, ShardError, ShardSet, open_split
@@ -118,8 +119,14 @@ class Inspection:
     first_batch: FirstBatch | None
 
 
+@checked
 def inspect_data(
-    path: str | Path, recipe: RunConfig | None = None, *, documents: int = 3, sample: int = 100_000, seed: int = 0
+    path: str | Path,
+    recipe: RunConfig | None = None,
+    *,
+    documents: Annotated[int, Range(0)] = 3,
+    sample: Annotated[int, Range(1)] = 100_000,
+    seed: Annotated[int, Range(0)] = 0,
 ) -> Inspection:
     """Look into a folder of shards, prepared here or by another project.
 
@@ -132,8 +139,6 @@ def inspect_data(
 
     Raises ShardError, ConfigError or ValueError, in one line, when the data cannot be read, or not with this recipe.
     """
-    if documents < 0 or sample < 1 or seed < 0:
-        raise ValueError(f"documents {documents}, sample {sample}, seed {seed}: sample starts at 1, the others at 0")
     folder = open_folder(path, recipe.data.cache_dir, recipe.data.cache_gb) if recipe else open_folder(path)
     manifest = _read_json(folder, "manifest.json")
     splits, problems = _open_splits(folder, list(manifest.get("splits") or ()))

@@ -1,0 +1,179 @@
+"""Wrong arguments of the commands beside training: one line, exit status 2, and nothing made."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2_hf.checkpoint import write_folder
+from gpt2_hf.data.tokenizer import load_tokenizer
+from gpt2_hf.model import GPTConfig, GPTForCausalLM
+
+ROOT = Path(__file__).parent.parent
+LONG = "9" * 5000
+NO_NUMBERS = ("", " ", "abc", "1:30", "010", "0x10", "1.2.3", "1e", "1 2", "[1]", "{a: 1}", "true", "nan", "inf", LONG)
+NO_COUNTS = (*NO_NUMBERS, "1.5", "-1", "1e30")
+NO_POSITIVES = (*NO_COUNTS, "0")
+NO_PATHS = ("", " ", "null", "$NOT_SET/x", "${NOT_SET}", "~nobody_here/x", "s3://bucket/x", "https://host/x")
+NO_SWITCHES = ("", "2", "maybe", "null")
+
+# Command: what stands before, and the flags with values that they cannot have ("" is the first bare argument).
+WRONG = {
+    "generate.py": (
+        [],
+        {
+            "": NO_PATHS,
+            "--max_tokens": NO_POSITIVES,
+            "--samples": (*NO_POSITIVES, "1e9"),
+            "--top_k": NO_COUNTS,
+            "--temperature": (*NO_NUMBERS, "-1", "1e9"),
+            "--seed": (*NO_COUNTS, "18446744073709551616"),
+            "--prompt": ("\udce9",),
+        },
+    ),
+    "evaluate.py": (
+        ["nowhere"],
+        {
+            "": NO_PATHS,
+            "--tokens_per_batch": (*NO_POSITIVES, "-5"),
+            "--n_windows": NO_POSITIVES,
+            "--hellaswag_items": (*NO_COUNTS, "10043"),
+            "--document_mask": NO_SWITCHES,
+            "--dtype": ("", "float8", "null"),
+            "--device": ("", "meta", "cuda:99", "tpu", "cpu:x"),
+            "--data": ("", " ", "null", "$NOT_SET/x"),
+        },
+    ),
+    "inspect_data.py": (
+        ["nowhere"],
+        {
+            "": ("", " ", "null", "$NOT_SET/x", "nowhere"),
+            "--documents": NO_COUNTS,
+            "--sample": NO_POSITIVES,
+            "--seed": NO_COUNTS,
+            "--picture": (*NO_PATHS, "no_folder/x.png"),
+            "--json": (*NO_PATHS, "no_folder/x.json"),
+            "--config": (*NO_PATHS, "nowhere.yaml"),
+        },
+    ),
+    "report.py": ([], {"": (*NO_PATHS, "nowhere"), "--out": NO_PATHS}),
+    "publish.py": (["nowhere"], {"": (*NO_PATHS, "nowhere"), "--check": ("x",)}),
+    "convert.py": (
+        ["nowhere.pt", "out"],
+        {
+            "": (*NO_PATHS, "nowhere.pt"),
+            "--n_head": NO_POSITIVES,
+            "--vocab_size": NO_POSITIVES,
+            "--dtype": ("", "float8", "null"),
+            "--to": ("", "gguf"),
+            "--activation": ("", "relu"),
+            "--overwrite": ("x",),
+        },
+    ),
+    "benchmark.py": (
+        [],
+        {
+            "--rounds": NO_POSITIVES,
+            "--seconds": (*NO_NUMBERS, "0", "-1", "1e9"),
+            "--micro_batch_size": NO_POSITIVES,
+            "--hellaswag_items": (*NO_POSITIVES, "10043"),
+            "--out": NO_PATHS,
+            "--shape": ("", "1B"),
+            "--what": ("", "all"),
+            "--device": ("meta", "tpu", ""),
+        },
+    ),
+    "benchmark_data.py": (
+        [],
+        {"": ("", "null", "$NOT_SET/x"), "--rounds": NO_POSITIVES, "--documents": NO_POSITIVES, "--what": ("", "x")},
+    ),
+}
+CASES = [
+    (name, [value, *bare[1:]] if flag == "" else [*bare, f"{flag}={value}"], flag)
+    for name, (bare, flags) in WRONG.items()
+    for flag, values in flags.items()
+    for value in values
+]
+
+
+def run(monkeypatch, name: str, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("script", WRONG)
+def test_wrong_arguments_are_one_line_and_make_nothing(script, monkeypatch, capsys, tmp_path):
+    for _, arguments, flag in (case for case in CASES if case[0] == script):
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, script, *arguments)
+        said = capsys.readouterr()
+        what = f"{[argument[:50] for argument in arguments]}: {said}"
+        assert stop.value.code == 2, what
+        assert said.err.startswith("error: ") and said.err.count("\n") == 1 and len(said.err) < 700, what
+        assert flag.lstrip("-") in said.err or arguments[-1].partition("=")[2] in said.err, what
+        assert not any(tmp_path.iterdir()), what
+
+
+def test_there_are_many_of_them():
+    assert len(CASES) > 300
+
+
+def test_unknown_and_missing_arguments(monkeypatch, capsys):
+    for script in WRONG:
+        for arguments in (["x", "y", "z", "--no_such_thing"], ["--no_such_thing=1"]):
+            with pytest.raises(SystemExit) as stop:
+                run(monkeypatch, script, *arguments)
+            said = capsys.readouterr().err
+            assert stop.value.code == 2 and said.count("\n") == 1 and said.startswith("error: "), said
+
+
+def test_help_says_what_may_stand_there(monkeypatch, capsys):
+    for script in WRONG:
+        with pytest.raises(SystemExit) as stop:
+            run(monkeypatch, script, "--help")
+        text = " ".join(capsys.readouterr().out.split())
+        assert stop.value.code == 0
+        assert "(required" not in text and "(default: None)" not in text
+    run_help = {"evaluate.py": "[>= 1 and <= 1000000000] (default: 16384)", "inspect_data.py": "(default: 3)"}
+    for script, words in run_help.items():
+        with pytest.raises(SystemExit):
+            run(monkeypatch, script, "--help")
+        text = " ".join(capsys.readouterr().out.split())
+        assert text.count(words) == 1
+
+
+@pytest.fixture
+def a_run(tmp_path) -> Path:
+    folder = tmp_path / "a run"
+    model = GPTForCausalLM(GPTConfig(n_layer=1, n_head=1, n_embd=8, n_positions=64))
+
+    def write(final: Path) -> None:
+        model.save_pretrained(final)
+        load_tokenizer().save_pretrained(final)
+
+    write_folder(folder / "final", write)
+    return folder
+
+
+def test_a_runs_folder_is_taken_for_its_model(a_run, monkeypatch, capsys):
+    monkeypatch.setenv("RUNS", str(a_run.parent))
+    run(monkeypatch, "generate.py", "$RUNS/a run", "--samples=1", "--max_tokens=2", "--prompt=Hi")
+    assert "> Hi" in capsys.readouterr().out
+    run(monkeypatch, "evaluate.py", "$RUNS/a run", "--hellaswag_items=2", "--tokens_per_batch=64")
+    assert "HellaSwag on 2 of" in capsys.readouterr().out
+
+
+def test_an_ascii_console_takes_any_prompt(a_run):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "scripts" / "generate.py", a_run, "-n1", "-m1", "-p", "caf\u00e9"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "> caf\\xe9" in done.stdout
