@@ -84,12 +84,20 @@ def stage(path: Path, target: Path, with_code: bool | None) -> None:
             raise PublishError(f"{path} holds {name!a}, which some systems take for {original}: rename or delete it")
     if WEIGHTS in names:
         wanted -= {INDEX}
+    needed, room = sum((path / name).lstat().st_size for name in names), shutil.disk_usage(target).free
+    if needed > room:
+        raise PublishError(
+            f"{target.parent} has {room / 1e9:,.1f} GB of room, a copy of {path} takes up to {needed / 1e9:,.1f} GB: "
+            "set TMPDIR to a folder on a larger disk"
+        )
     for name in sorted(wanted & names):
         copy_plain(path / name, target / name)
+    shards: list[Path] = []
     with suppress(CheckFailed, ValueError, LookupError, TypeError, AttributeError):  # the check says what is wrong
-        for file in weight_files(target):
-            if file.name in names - wanted:
-                copy_plain(path / file.name, file)
+        shards = weight_files(target)
+    for file in shards:
+        if file.name in names - wanted:
+            copy_plain(path / file.name, file)
 
     refuse_private(path, target)
 
@@ -163,21 +171,21 @@ def refuse_private(path: Path, staged: Path) -> None:
     own |= {token for token in (get_token(),) if token}
     places = "|".join(re.escape(str(place)) for place in (Path.home(), path.resolve()) if place != place.parent)
     for file in sorted(staged.iterdir()):
-        entries: list[tuple[str, Any]] = []
-        if file.suffix == ".safetensors":
-            entries = _metadata(file)
-            text = "\n".join(str(value) for _, value in entries)
-        else:
-            try:
+        text, entries = "", _metadata(file) if file.suffix == ".safetensors" else []
+        try:
+            if file.suffix != ".safetensors":
                 text = file.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                raise PublishError(f"{file.name} is not UTF-8 text: write it so") from None
             if file.suffix == ".json" and file.name not in VOCABULARY:
                 entries = list(_entries(read_json(file)))
-        for key, value in entries:
-            _refuse_entry(file.name, key, value)
+            text = "\n".join((text, *(str(value) for _, value in entries)))  # without JSON's escapes
+        except UnicodeDecodeError:
+            raise PublishError(f"{file.name} is not UTF-8 text: write it so") from None
+        except RecursionError:
+            raise PublishError(f"{file.name} is nested too deeply to be looked at: save the model again") from None
         if _SECRET.search(text) or any(secret in text for secret in own):
             raise PublishError(f"{file.name} holds what looks like a password, token or private key: take it out")
+        for key, value in entries:
+            _refuse_entry(file.name, key, value)
         if file.name not in VOCABULARY and (place := re.search(rf"(?<![\w./-])({places})(?![\w.-])", text)):
             raise PublishError(f"{file.name} names {place[0]}, a folder of this machine: take it out")
 

@@ -192,7 +192,7 @@ def results(folders) -> dict[str, dict[str, Result]]:
         ("padded vocabulary", {"tokenizer"}),
         ("no generation config", {"generation"}),
         ("no longest text", {"tokenizer"}),
-        ("pickle too", {"files"}),
+        ("pickle too", set()),
     ],
 )
 def test_good_folders_pass(results, folder, warnings):
@@ -287,6 +287,33 @@ def test_a_check_that_dies_has_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     (result,) = check_folders([tmp_path])[tmp_path]
     assert result.status == "FAILED" and "ended with code 1" in result.text
+
+
+def test_the_check_gets_no_secrets_and_looks_nowhere_else(tmp_path, monkeypatch):
+    """Its environment, folder and home, as a program in Python's place sees them."""
+    seen, stub = tmp_path / "seen", tmp_path / "python"
+    stub.write_text(f'#!/bin/sh\n{{ env; echo "cwd=$(pwd)"; echo "files=$(ls -A)"; }} > "{seen}"\n')
+    stub.chmod(0o755)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "ANY_OTHER"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", "src", str(tmp_path / "kept")]))
+    monkeypatch.setattr(sys, "executable", str(stub))
+    check_folders([tmp_path])
+    found = dict(line.split("=", 1) for line in seen.read_text().splitlines())
+    assert "secret" not in found.values()
+    assert found["PYTHONPATH"] == str(tmp_path / "kept") and found["HF_HUB_OFFLINE"] == "1"
+    assert found["cwd"] == found["HOME"] == found["HF_HOME"] and found["files"] == ""
+    assert found["HOME"] not in (os.environ["HOME"], str(Path.cwd()))
+
+
+def test_a_sound_folder_cuts_long_texts_to_what_the_model_takes(folders):
+    """What the check of model_max_length promises: such a pipeline does not run past the positions."""
+    options = {"truncation": True, "max_new_tokens": 1}
+    generate = transformers.pipeline("text-generation", str(folders["plain"]), device="cpu")
+    assert generate("x" * 100, **options)
+    generate = transformers.pipeline("text-generation", str(folders["too long texts"]), device="cpu")
+    with pytest.raises(IndexError):
+        generate("x" * 100, **options)
 
 
 # Code that travels
@@ -553,6 +580,23 @@ def test_what_an_earlier_upload_left_goes_and_nothing_else(run, hub):
     (run / "final" / "generation_config.json").unlink()
     publish(run / "final", "me/my-gpt2")
     assert hub["repo"].files.keys() == STOCK - {"generation_config.json"} | set(others)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "custom_generate/generate.py"])
+def test_what_a_repository_holds_does_not_lead_elsewhere(run, hub, name):
+    publish(run, "me/my-gpt2")
+    hub["repo"].files[name] = b"earlier"
+    before = dict(hub["repo"].files)
+    with pytest.raises(PublishError, match=f"me/my-gpt2 holds {name}, .*: delete it there first"):
+        publish(run, "my-gpt2")
+    assert hub["repo"].files == before
+
+
+def test_what_is_left_out_of_the_check_is_named(run, capsys, hub):
+    (run / "final" / "custom_generate").mkdir()
+    (run / "final" / "a\x1b[2J").write_text("")
+    assert publish(run)
+    assert "left out when published: 'a\\x1b[2J', custom_generate/, events.log" in capsys.readouterr().out
 
 
 def test_private_is_not_pretended(run, hub):
