@@ -14,7 +14,9 @@ def main() -> None:
 
     parser, path = Arguments(__doc__), Annotated[str, PathName()]
     parser.add_knob("runs", nargs="*", kind=path, help="folders of runs (default: the newest under runs/)")
-    parser.add_knob("-o", "--out", kind=path, help="PNG file (default: curves.png in the first run's folder)")
+    parser.add_knob(
+        "-o", "--out", kind=path, help="x.png, x.pdf or x.svg (default: curves.png in the first run's folder)"
+    )
     args = parser.parse_args()
     runs = args.runs
     if not runs:

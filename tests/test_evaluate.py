@@ -112,6 +112,18 @@ def test_scores_equal_lm_evaluation_harness(folder, chosen, task, tokenizer, tas
         assert len(set(ours.picks[name].tolist())) == 4
 
 
+def test_offline_tasks_refuse_shots(task_manager):
+    """Their only split is the one that is scored, so shots from it would give answers away."""
+    import lm_eval
+
+    for name in ("hellaswag_offline", "hellaswag_offline_500"):
+        with pytest.raises(ValueError, match="num_fewshot is 2, and hellaswag_offline holds only the items that are"):
+            lm_eval.simple_evaluate("dummy", tasks=[name], num_fewshot=2, limit=3, task_manager=task_manager)
+    lm_eval.simple_evaluate(
+        "dummy", tasks=["hellaswag_offline_500"], num_fewshot=0, limit=3, task_manager=task_manager, bootstrap_iters=0
+    )
+
+
 def test_lecture_way_equals_a_plain_loop(folder, task, items, tokenizer):
     stock = GPT2LMHeadModel.from_pretrained(folder)
     picks = []
