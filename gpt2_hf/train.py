@@ -44,6 +44,7 @@ from .model import GPTForCausalLM
 from .model.loss import LossKernels
 from .model.versions import check_first_step
 from .optim import build_optimizers, lr_at, set_lr, step_optimizers
+from .preflight import check_run
 from .report import ReportError, plot_curves, summarize
 
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
@@ -60,7 +61,7 @@ def train(config: RunConfig) -> Path:
     """
     run_dir, total_steps = Path(config.train.run_dir), config.train.steps
     state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
-    config.grad_accum_steps(state.num_processes)
+    check_run(config, state)
     train_data, val_data = open_data(config)
     resume_from, start_step = find_start(config, train_data, state)
     if is_finished(run_dir, resume_from, start_step >= total_steps):

@@ -76,6 +76,7 @@ ALLOWED = {
         "hardware",
         "model",
     },
+    "preflight": {"config", "data.tokenizer"},
     "train": {
         "checkpoint",
         "cli",
@@ -93,6 +94,7 @@ ALLOWED = {
         "model.loss",
         "model.versions",
         "optim",
+        "preflight",
         "report",
     },
 }
