@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate import PartialState
+from accelerate.utils import DynamoBackend, PrecisionType
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .config import RunConfig
@@ -16,6 +18,35 @@ from .data.tokenizer import load_tokenizer
 from .knobs import ConfigError, shown
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container on Linux
+
+
+# Environment variables that hold whole numbers -> their limits.
+NUMBERS = {
+    "WORLD_SIZE": (1, 10**6),
+    "LOCAL_WORLD_SIZE": (1, 10**6),
+    "RANK": (0, 10**6),
+    "LOCAL_RANK": (-1, 10**6),
+    "MASTER_PORT": (0, 65535),
+}
+WORDS = {
+    "ACCELERATE_MIXED_PRECISION": [str(kind) for kind in PrecisionType],
+    "ACCELERATE_DYNAMO_BACKEND": [kind.value for kind in DynamoBackend],
+}
+
+
+def check_environment() -> None:
+    """Refuse what the launcher's environment cannot mean, before Accelerate reads it. Raises ConfigError."""
+    for name, (least, most) in NUMBERS.items():
+        text = os.environ.get(name, str(least))
+        if not re.fullmatch(r"-?\d{1,9}", text) or not least <= int(text) <= most:
+            raise ConfigError(f"the environment variable {name} is {shown(text)}: give a number from {least} to {most}")
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
+    if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", threads):
+        raise ConfigError(f"the environment variable OMP_NUM_THREADS is {shown(threads)}: give a number of threads")
+    for name, words in WORDS.items():
+        text = os.environ.get(name, words[0])
+        if text.lower() not in [word.lower() for word in words]:
+            raise ConfigError(f"the environment variable {name} is {shown(text)}: choose {', '.join(words)}")
 
 
 def check_run(config: RunConfig, state: PartialState) -> None:

@@ -35,6 +35,16 @@ HELLASWAG_MARKS = {
 HELLASWAG_ITEMS = 10_042
 SIZES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1.5B"}
 
+DRAWN = (
+    "tokens_seen",
+    "train_loss",
+    "val_loss",
+    "hellaswag_lecture_acc",
+    "hellaswag_acc_norm",
+    "hellaswag_items",
+    "lr",
+)
+
 COLORS = ("#2563a8", "#c4541a", "#3f8f4f", "#8b4fa3", "#b08a1e", "#4a9aa5", "#a03a52", "#5f6670")
 VALIDATION_COLOR = COLORS[1]
 MARK_COLOR = "#555555"
@@ -62,12 +72,25 @@ class Run:
         return np.array(tokens, dtype=float), np.array([points[token] for token in tokens], dtype=float)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
+
+
 def read_run(run_dir: str | Path) -> Run:
     """Read RUN/metrics.jsonl and, where there is one, RUN/config.yaml. Raises ReportError when there are no rows."""
     folder = Path(run_dir)
     rows = read_rows(folder / "metrics.jsonl")
+    if not all(isinstance(row, dict) for row in rows):
+        raise ReportError(f"{folder / 'metrics.jsonl'} has a line that is no row of a run: remove it")
     if not any("tokens_seen" in row for row in rows):
         raise ReportError(f"no rows in {folder / 'metrics.jsonl'}: give the folder of a run that has trained a step")
+    for row in rows:
+        if not all(value is None or _is_number(value) for key, value in row.items() if key in DRAWN) or (
+            row.get("tokens_seen", 0) is None
+        ):
+            raise ReportError(
+                f"{folder / 'metrics.jsonl'} has a row that no run writes, of step {row.get('step')!r:.50}"
+            )
     config = folder / "config.yaml"
     settings = (yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None) or {}
     model, data = settings.get("model") or {}, settings.get("data") or {}

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from itertools import repeat
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,7 +45,7 @@ from .model import GPTForCausalLM
 from .model.loss import LossKernels
 from .model.versions import check_first_step
 from .optim import build_optimizers, lr_at, set_lr, step_optimizers
-from .preflight import check_run
+from .preflight import check_environment, check_run
 from .report import ReportError, plot_curves, summarize
 
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
@@ -59,6 +60,7 @@ def train(config: RunConfig) -> Path:
             also when memory runs out, naming the micro-batch to try.
         FloatingPointError: when the loss is no longer a number.
     """
+    check_environment()
     run_dir, total_steps = Path(config.train.run_dir), config.train.steps
     state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
     check_run(config, state)
@@ -445,7 +447,7 @@ def load_steps(config: RunConfig, data: ShardSet, start_step: int, state: Partia
         world_size=state.num_processes,
         pin_memory=state.device.type == "cuda",
     )
-    return nullcontext([next(loader)] * (config.train.steps - start_step)) if overfit else loader
+    return nullcontext(repeat(next(loader), config.train.steps - start_step)) if overfit else loader
 
 
 def open_log(config: RunConfig, accelerator: Accelerator, start_step: int, data: ShardSet, precision: str) -> RunLog:

@@ -177,3 +177,26 @@ def test_an_ascii_console_takes_any_prompt(a_run):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "> caf\\xe9" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "null",
+        "[]",
+        "5",
+        '{"tokens_seen": null, "train_loss": 1}',
+        f'{{"tokens_seen": {LONG[:400]}}}',
+        '{"tokens_seen": 5, "train_loss": "x"}',
+        '{"tokens_seen": 5, "lr": [1]}',
+    ],
+)
+def test_rows_that_no_run_writes_are_refused(row, tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "r"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_text('{"step": 1, "tokens_seen": 4, "train_loss": 2.0}\n' + row + "\n")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "report.py", "r")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "metrics.jsonl has a" in said
+    assert not (run_dir / "curves.png").exists()

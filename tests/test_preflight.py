@@ -6,7 +6,7 @@ import torch
 from gpt2_hf.config import EvalSection, ModelSection, OptimSection, RunConfig, TrainSection
 from gpt2_hf.knobs import ConfigError
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
-from gpt2_hf.preflight import check_attention, check_memory, check_prompt, memory_of
+from gpt2_hf.preflight import check_attention, check_environment, check_memory, check_prompt, memory_of
 
 GB = 10**9
 
@@ -36,7 +36,7 @@ def test_the_limit_is_the_size_of_the_parameters(name, copies):
 
 def test_a_step_of_more_tokens_than_memory_is_refused():
     config = RunConfig(train=TrainSection(global_batch_tokens=2**39))
-    with pytest.raises(ConfigError, match="train.global_batch_tokens"):
+    with pytest.raises(ConfigError, match=r"train\.global_batch_tokens"):
         check_memory(config, 24 * GB, 1)
 
 
@@ -63,3 +63,26 @@ def test_a_prompt_longer_than_the_model_is_refused():
     check_prompt(RunConfig(model=model, eval=EvalSection(sample_prompt="a " * 2000, sample_every=0)))
     with pytest.raises(ConfigError, match=r"eval.sample_prompt has .* tokens"):
         check_prompt(RunConfig(model=model, eval=EvalSection(sample_prompt="a " * 2000)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"), ("RANK", "-1"), ("RANK", ""), ("LOCAL_RANK", "1.5"),
+        ("OMP_NUM_THREADS", "abc"), ("OMP_NUM_THREADS", "0"), ("MASTER_PORT", "99999999"),
+        ("ACCELERATE_MIXED_PRECISION", "fp99"), ("ACCELERATE_DYNAMO_BACKEND", "foo"),
+    ],
+)  # fmt: skip
+def test_a_broken_environment_is_named(name, value, monkeypatch):
+    check_environment()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"environment variable {name} is"):
+        check_environment()
+
+
+def test_an_environment_as_launchers_make_it_passes(monkeypatch):
+    launcher = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+    ours = {"OMP_NUM_THREADS": "1,1", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "NO"}
+    for name, value in (launcher | ours).items():
+        monkeypatch.setenv(name, value)
+    check_environment()
