@@ -204,6 +204,16 @@ def compile_obstacle(device: torch.device) -> str | None:
     return None
 
 
+def share_the_seeded_generator() -> None:
+    """Let compiled blocks that are checkpointed draw their dropout from the device's generator, on CUDA.
+
+    By default such a graph has generators of its own, so that the recomputed forward can draw the same again. They are
+    seeded once a process and never after, so a resumed run would drop out other units than one that ran through.
+    Without them the state of the device's generator is saved and set back around the recomputation.
+    """
+    torch._functorch.config.graphsafe_rng_functionalization = False
+
+
 def reuse_freed_memory() -> None:
     """Make glibc reuse freed memory instead of returning it to the system after every step, for training on a CPU.
 

@@ -171,7 +171,7 @@ def train_step(
             accelerator.backward(loss)
         total = total + loss.detach()
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
-    step_optimizers(optimizers, accelerator.scaler)
+    step_optimizers(optimizers, accelerator.scaler, grad_norm)
     return total, grad_norm
 
 
@@ -327,6 +327,8 @@ def build_model(
         # Block by block: all blocks share one compiled graph, and evaluation and saving see the plain module.
         # DDP's optimizer for compiled modules would cut each of these graphs at its buckets; a block is no larger.
         torch._dynamo.config.optimize_ddp = False
+        if config.train.gradient_checkpointing and config.model.dropout:
+            hardware.share_the_seeded_generator()
         for block in model.transformer.h:
             block.compile(dynamic=False)
         LossKernels.compile(dynamic=False)

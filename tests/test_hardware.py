@@ -5,8 +5,13 @@ import sys
 import pytest
 import torch
 import transformers.utils as hf
+from accelerate.state import AcceleratorState, PartialState
+from torch._functorch import config as functorch
 
 from gpt2_hf import hardware
+from gpt2_hf.config import ModelSection, RunConfig, TrainSection
+from gpt2_hf.model.loss import LossKernels
+from gpt2_hf.train import build_accelerator, build_model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -125,3 +130,16 @@ def test_precision_follows_the_cpu(monkeypatch):
     for has_bf16 in (True, False):
         monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
         assert hardware.default_precision(CPU) == ("bf16" if has_bf16 else "fp32")
+
+
+@pytest.mark.parametrize(("dropout", "checkpointing"), [(0.1, True), (0.0, True), (0.1, False)])
+def test_checkpointed_dropout_has_no_generators_of_its_own(monkeypatch, dropout, checkpointing):
+    """What the seed of a micro-batch would not reach; what it means on a GPU is tested there."""
+    monkeypatch.setattr(LossKernels, "exponentiate", staticmethod(LossKernels.exponentiate))
+    model = ModelSection(n_layer=1, n_head=2, n_embd=16, vocab_size=64, dropout=dropout)
+    config = RunConfig(model=model, train=TrainSection(gradient_checkpointing=checkpointing, compile="on"))
+    PartialState(cpu=True)
+    with functorch.patch(graphsafe_rng_functionalization=True):
+        build_model(config, None, build_accelerator(config, "fp32"), "fp32")
+        assert functorch.graphsafe_rng_functionalization != (dropout > 0 and checkpointing)
+    AcceleratorState._reset_state(reset_partial_state=True)
