@@ -65,9 +65,7 @@ def set_lr(optimizers: Iterable[Optimizer], share: float) -> None:
             group["lr"] = share * group["peak_lr"]
 
 
-def step_optimizers(
-    optimizers: Sequence[Optimizer], scaler: torch.amp.GradScaler | None, grad_norm: Tensor | float = 0.0
-) -> None:
+def step_optimizers(optimizers: Sequence[Optimizer], scaler: torch.amp.GradScaler | None, grad_norm: Tensor) -> None:
     """Update with each optimizer and clear its gradients; under fp16 a step that overflowed is skipped by all of them.
 
     Not by Accelerate's wrappers: each updates the scaler, after which the next unscales its gradients a second time.

@@ -71,7 +71,7 @@ def test_gradient_scaler_unscales_each_optimizer_once():
                 scaler.scale(torch.ones(()))  # as a backward pass would: the scaler makes its state lazily
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)  # as clipping does
-            step_optimizers(optimizers, scaler)
+            step_optimizers(optimizers, scaler, nn.utils.get_total_norm([p.grad for p in model.parameters()]))
             assert all(p.grad is None for p in model.parameters())
         return [p.detach() for p in model.parameters()]
 
