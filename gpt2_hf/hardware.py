@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import math
+import os
 import platform
 import re
 import shutil
@@ -34,6 +36,9 @@ _PEAK_BF16 = (
     ("RTX 3090", 71e12),
     ("T4", 65e12),
 )
+
+# What ONEDNN_MAX_CPU_ISA may name whose bf16 products are emulated.
+_ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 # Newest first -> major compute capabilities that it has kernels for, whether it can drop out, and how to install it.
 _FLASH_ATTENTION = {
@@ -68,7 +73,9 @@ def default_precision(device: torch.device) -> str:
 
 @functools.cache
 def _cpu_has_bf16() -> bool:
-    # Without these instructions bf16 products are emulated, and several times slower than fp32.
+    # Without these instructions bf16 products are emulated, and many times slower than fp32.
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _ISA_WITHOUT_BF16:  # the library's own limit
+        return False
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -80,13 +87,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s to measure utilisation against, and where the figure comes from.
 
     Known GPUs have their data sheet's dense bf16 peak (fp32 without TF32 is not told apart: MFU is against bf16).
-    Anything else is measured with a matrix product, so there MFU is a share of what the machine really does.
+    Anything else is measured with a matrix product, so there MFU is a share of what the machine really does; in fp32
+    where bf16 is emulated, as that would be no limit of the machine.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, peak in _PEAK_BF16:
             if re.search(rf"{key}\b", name):  # an A1000 is no A100
                 return peak, f"{name}, data sheet bf16"
+    if dtype == torch.bfloat16 and default_precision(device) != "bf16":
+        dtype = torch.float32
     return measure_gemm(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matrix product"
 
 
@@ -99,19 +109,28 @@ def measure_gemm(device: torch.device, dtype: torch.dtype, seconds: float = 0.3)
 
 
 def fastest(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Seconds of the fastest run, the device waited for, of those that fit in the time: at least one, after a first."""
+    """Seconds of the fastest run, the device waited for, of those that fit in the time: at least one, after a first.
 
-    def timed() -> float:
-        start = time.perf_counter()
-        run()
-        if device.type != "cpu":
+    On a CPU seconds of processor time, shared out to the threads: what other programs take at the moment is not this
+    machine's limit.
+    """
+    if device.type == "cpu":
+        n_threads = torch.get_num_threads()
+
+        def clock() -> float:
+            return time.process_time() / n_threads
+    else:
+
+        def clock() -> float:
             torch.accelerator.synchronize(device)
-        return time.perf_counter() - start
+            return time.perf_counter()
 
-    timed()
-    best, end = timed(), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        best = min(best, timed())
+    run()
+    best, end = math.inf, time.perf_counter() + seconds
+    while best == math.inf or time.perf_counter() < end:
+        start = clock()
+        run()
+        best = min(best, clock() - start)
     return best
 
 

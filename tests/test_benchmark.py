@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from gpt2_hf import hardware
 from gpt2_hf.benchmark import results, run, variants
 from gpt2_hf.benchmark.breakdown import profile_step
-from gpt2_hf.benchmark.limits import floor_seconds
+from gpt2_hf.benchmark.limits import floor_seconds, measure_limits
 from gpt2_hf.benchmark.race import RaceError, Result, Row, race
 from gpt2_hf.benchmark.variants import OURS, Shape, Variant, build, read_batches
 
@@ -151,6 +151,35 @@ def test_arithmetic():
     assert found["best_peer"] == "transformers fp32"
 
 
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_no_figure_that_cannot_be(monkeypatch, has_bf16):
+    """Limits measured a thousand times too small, as of an emulated product or beside another program."""
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: has_bf16)
+    ours, peer = row(PLAIN_OURS, [[0.5, 0.5]]), row(STOCK, [[1.0, 1.0]])
+    limits = {"gemm_fp32": 2e6, "copy": 1e6} | ({"gemm_bf16": 1e6} if has_bf16 else {})
+    found = results.summarize(Result([ours, peer], limits, {}), TINY, CPU)
+    assert [one["mfu"] for one in found["table"]] == pytest.approx([1.0, 0.5])
+    text = results.as_text(found)
+    assert "the fastest variant, which beat the measured fp32 matrix product" in text
+    assert "unavoidable" not in text and "measured while the machine was busy" in text
+    assert ("No peer in bf16" in text) != has_bf16 and ("bf16 product" in text) == has_bf16
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_an_emulated_precision_is_neither_measured_nor_raced(monkeypatch, has_bf16):
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: has_bf16)
+    measured = []
+    monkeypatch.setattr(hardware, "measure_gemm", lambda device, dtype, seconds: measured.append(dtype) or 1e12)
+    monkeypatch.setattr(hardware, "fastest", lambda *_: 1.0)
+    limits = measure_limits(CPU, 0.1)
+    assert (torch.bfloat16 in measured) == ("gemm_bf16" in limits) == has_bf16 and "gemm_fp32" in limits
+    rows = [*variants.variants("cpu", ["nano.py:GPT"], has_bf16), *variants.ladder("cpu", has_bf16)]
+    assert any(one.bf16 for one in rows if one.model != "ours") == has_bf16
+    assert any("bf16" in one.label for one in rows) == has_bf16
+    assert "nano compile + bf16" in [one.label for one in rows] or not has_bf16
+    assert len({one.label for one in rows}) == len(rows) - 1  # ours is in both
+
+
 def test_wrong_losses_are_refused():
     wrong = Result([row(PLAIN_OURS, [[1.0]], (5.0, 4.0, 3.01)), row(STOCK, [[1.0]])], {}, {})
     with pytest.raises(RaceError, match="our step is wrong"):
@@ -175,7 +204,7 @@ def test_share_of_the_loop(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_ladder_adds_one_thing_a_step(device):
-    steps = variants.ladder(device)
+    steps = variants.ladder(device, bf16=True)
     assert ("+ TF32" in [step.label for step in steps]) == (device == "cuda")
     for before, after in pairwise(steps[:-1]):
         assert sum(getattr(before, name) != getattr(after, name) for name in vars(after) if name != "label") == 1

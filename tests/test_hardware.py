@@ -1,6 +1,7 @@
 """What is chosen for a machine, with the machine made up."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,6 +124,39 @@ def test_peak_of_known_cards(monkeypatch, name, teraflops):
 def test_peak_of_this_cpu_is_measured():
     peak, source = hardware.peak_flops(CPU, torch.float32)
     assert 1e9 < peak < 1e14 and "measured" in source
+
+
+def test_what_other_programs_take_is_no_limit_of_this_cpu(monkeypatch):
+    """Each product takes 2 s, of which both threads worked 0.25 s: the machine can do one in 0.25 s."""
+    now = {"wall": 0.0, "work": 0.0}
+
+    def product(*_, **__) -> None:
+        now["wall"] += 2.0
+        now["work"] += 2 * 0.25
+
+    monkeypatch.setattr(
+        hardware, "time", SimpleNamespace(perf_counter=lambda: now["wall"], process_time=lambda: now["work"])
+    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "mm", product)
+    assert hardware.measure_gemm(CPU, torch.float32, seconds=5) == pytest.approx(2 * 2048**3 / 0.25)
+
+
+def test_emulated_bf16_is_no_peak(monkeypatch):
+    monkeypatch.setattr(
+        hardware, "measure_gemm", lambda device, dtype: {torch.float32: 2e12, torch.bfloat16: 1e9}[dtype]
+    )
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: False)
+    assert hardware.peak_flops(CPU, torch.bfloat16) == (2e12, "measured float32 matrix product")
+
+
+def test_precision_obeys_the_limit_set_for_the_library(monkeypatch):
+    monkeypatch.setattr(hardware.Path, "read_text", lambda self: "flags : avx2 avx512_bf16")
+    for limit, precision in (("", "bf16"), ("AVX512_CORE_BF16", "bf16"), ("avx2", "fp32"), ("AVX512_CORE", "fp32")):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        hardware._cpu_has_bf16.cache_clear()
+        assert hardware.default_precision(CPU) == precision
+    hardware._cpu_has_bf16.cache_clear()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")

@@ -35,7 +35,7 @@ ALLOWED = {
     # The benchmark stands above everything else: it measures train.py's own step.
     "benchmark.__init__": set(),
     "benchmark.variants": {"config", "data.tokenizer", "hardware", "model", "optim", "train"},
-    "benchmark.limits": {"benchmark.variants", "hardware"},
+    "benchmark.limits": {"benchmark.variants", "hardware", "train"},
     "benchmark.breakdown": set(),
     "benchmark.worker": {"benchmark.breakdown", "benchmark.variants", "metrics"},
     "benchmark.race": {"benchmark.limits", "benchmark.variants"},
@@ -47,6 +47,7 @@ ALLOWED = {
         "benchmark.results",
         "benchmark.variants",
         "config",
+        "hardware",
         "metrics",
         "train",
     },

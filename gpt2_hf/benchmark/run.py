@@ -18,6 +18,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from .. import hardware
 from .. import train as training
 from ..config import CheckpointSection, EvalSection
 from ..metrics import read_rows
@@ -56,7 +57,8 @@ def race_steps(
     Raises:
         RaceError: when our losses are not stock's, or our step fails.
     """
-    rows = ladder(device.type) if ladder_instead else variants(device.type, peers)
+    bf16 = hardware.default_precision(device) == "bf16"
+    rows = ladder(device.type, bf16) if ladder_instead else variants(device.type, peers, bf16)
     if only:
         rows = [row for row in rows if row.model == "ours" or any(part in row.label for part in only)]
     found = summarize(race(rows, shape, device, rounds, seconds, out / "logs"), shape, device)
