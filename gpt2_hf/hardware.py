@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -231,6 +232,28 @@ def share_the_seeded_generator() -> None:
     Without them the state of the device's generator is saved and set back around the recomputation.
     """
     torch._functorch.config.graphsafe_rng_functionalization = False
+
+
+def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this process may keep busy, at least one: by its affinity, and by its control group's share of time."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # version 2: "max 100000" or microseconds allowed of a period
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        return max(1, min(count, int(quota) // int(period)))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        if int(quota) > 0:
+            return max(1, min(count, int(quota) // int(period)))
+    return count
+
+
+def fit_threads() -> None:
+    """No more threads for operators than CPUs that this process may use: the others would hold up every operator.
+
+    PyTorch and launchers count the machine's cores, whatever a container or a batch system has left of them.
+    """
+    if usable_cpus() < torch.get_num_threads():
+        torch.set_num_threads(usable_cpus())
 
 
 def reuse_freed_memory() -> None:

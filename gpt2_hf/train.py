@@ -257,6 +257,7 @@ def set_precision(config: RunConfig, device: torch.device) -> str:
         raise ConfigError(f"train.precision fp16 needs CUDA, this is {device.type}; leave it at auto")
     if device.type == "cpu":
         hardware.reuse_freed_memory()
+        hardware.fit_threads()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
     if config.train.deterministic or device.type == "cpu":
         # On the CPU this costs nothing, and without it threads add up gradients in any order.

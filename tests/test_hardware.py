@@ -1,5 +1,7 @@
 """What is chosen for a machine, with the machine made up."""
 
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -140,6 +142,56 @@ def test_what_other_programs_take_is_no_limit_of_this_cpu(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(torch, "mm", product)
     assert hardware.measure_gemm(CPU, torch.float32, seconds=5) == pytest.approx(2 * 2048**3 / 0.25)
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({}, 4),
+        ({"cpu.max": "max 100000\n"}, 4),
+        ({"cpu.max": "250000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "800000 100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+    ],
+)
+def test_cpus_are_those_that_this_process_may_use(monkeypatch, tmp_path, files, cpus):
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: {0, 1, 2, 5}, raising=False)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert hardware.usable_cpus(tmp_path) == cpus
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pins a process to a CPU")
+def test_a_program_has_a_thread_for_each_cpu_and_its_threads_sleep():
+    """As the launcher starts it: with as many threads as the machine has cores."""
+    code = """
+import os
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+from gpt2_hf.program import program
+
+@program
+def main():
+    from gpt2_hf.config import RunConfig
+    from gpt2_hf.train import set_precision
+    import torch
+    set_precision(RunConfig(), torch.device("cpu"))
+    print(torch.get_num_threads(), os.environ["OMP_WAIT_POLICY"])
+
+main()
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    for policy in ({}, {"OMP_WAIT_POLICY": "active"}):  # the user's word counts
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment | {"OMP_NUM_THREADS": "3"} | policy,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert result.stdout.split() == ["1", policy.get("OMP_WAIT_POLICY", "passive")]
 
 
 def test_emulated_bf16_is_no_peak(monkeypatch):
