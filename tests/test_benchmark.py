@@ -1,8 +1,12 @@
 """The benchmark measures what it says: the same training in every variant, and honest arithmetic on the times."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -202,6 +206,42 @@ def test_share_of_the_loop(monkeypatch):
     assert "of the loop's time is computing" in run.race_loop(replace(TINY, vocab_size=50257), CPU, 1)
 
 
+def test_beside_other_programs(tmp_path):
+    text = run.race_busy(TINY, CPU, 1, 0.05, tmp_path, variant=PLAIN_OURS)
+    n_cpus = hardware.usable_cpus()
+    assert f"| {n_cpus} counting | 50% |" in text and f"| 1 counting | {n_cpus / (n_cpus + 1):.0%} |" in text
+    assert len(re.findall(r"\d+%", text)) == 3 * len({1, n_cpus})
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        f"Worker(Variant('stuck', 'stuck.py:GPT'), {TINY!r}, torch.device('cpu'), Path('logs'))._process",
+        "subprocess.Popen([*WITH_US, 'stuck.py'], stdin=subprocess.PIPE)",
+    ],
+)
+def test_a_killed_benchmark_leaves_no_process(tmp_path, start):
+    """Not even one that would never have ended, and never asks whether it should."""
+    (tmp_path / "stuck.py").write_text("while True:\n    pass\n")
+    code = f"""
+import os, signal, subprocess, torch
+from pathlib import Path
+from gpt2_hf.benchmark.race import Worker
+from gpt2_hf.benchmark.run import WITH_US
+from gpt2_hf.benchmark.variants import Shape, Variant
+print(({start}).pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    assert killed.returncode == -signal.SIGKILL
+    child = Path(f"/proc/{int(killed.stdout)}/stat")
+    end = time.monotonic() + 120
+    while child.exists() and child.read_text().split()[2] != "Z" and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not child.exists() or child.read_text().split()[2] == "Z"  # ended; nobody may be there to reap it
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_ladder_adds_one_thing_a_step(device):
     steps = variants.ladder(device, bf16=True)
@@ -215,6 +255,8 @@ def test_ladder_adds_one_thing_a_step(device):
     ("arguments", "words"),
     [
         (["--shape", "345M"], "345M"),
+        (["--rounds", "many"], "--rounds"),
+        (["--nosuch"], "--nosuch"),
         (["--peer", "nothing.py:GPT", "--device", "nosuch"], "cannot be used"),
     ],
 )

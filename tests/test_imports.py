@@ -116,6 +116,16 @@ def test_imports_run_one_way():
         assert imports_of(path) - ALLOWED[name] - {"program"} == set(), name
 
 
+def test_the_benchmark_needs_nothing_but_what_training_needs():
+    """A GPU machine brings its own packages, and may have no network for more."""
+    modules = {module for module in ALLOWED if module.startswith("benchmark.")} - {"benchmark.__init__"}
+    files = [PACKAGE.parent / "scripts" / "benchmark.py", *(PACKAGE / f"{m.replace('.', '/')}.py" for m in modules)]
+    for path in files:
+        for node in ast.parse(path.read_text()).body:  # what is imported first
+            names = [alias.name for alias in getattr(node, "names", ())] + [getattr(node, "module", None) or ""]
+            assert not {name.partition(".")[0] for name in names} & set(HEAVY), path.name
+
+
 def test_the_model_folder_can_travel():
     """Only relative imports of siblings: transformers copies these files beside the weights."""
     for path in (PACKAGE / "model").glob("*.py"):
