@@ -36,8 +36,8 @@ $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python scripts/prepare_data.py --config recipes/data/shakespeare.yaml
-	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/$$($(BIN)/python -m gpt2_hf.hardware).yaml \
-		scripts/pretrain.py --config recipes/demo.yaml
+	set -- $$($(BIN)/python -m gpt2_hf.hardware); $(BIN)/accelerate launch --quiet \
+		--config_file accelerate_configs/$$1.yaml scripts/pretrain.py --config recipes/$$2.yaml
 
 test: setup
 	$(PYTEST) $(TESTS)
@@ -53,7 +53,7 @@ $(LOWER)/ready: $(VENV)/ready
 		--target $(LOWER) transformers==$(LOWEST)
 	@touch $@
 
-# The Python that has the GPU's PyTorch, transformers, accelerate, pytest and jsonargparse; it needs no network.
+# The Python that has the GPU's PyTorch, transformers, accelerate and pytest; it needs no network, and no more packages.
 gpu-check: export HF_HUB_OFFLINE := 1
 gpu-check: export PYTHONPATH := $(CURDIR)
 gpu-check: SHELL := /bin/bash

@@ -283,5 +283,13 @@ def describe(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{name} ({device.type})"
 
 
-if __name__ == "__main__":  # for the Makefile: which of accelerate_configs/ fits this machine
-    print("single_gpu" if torch.accelerator.is_available() else "cpu")
+def demo_files() -> tuple[str, str]:
+    """For the Makefile: which of accelerate_configs/ and which of the demo's recipes fit this machine."""
+    device = pick_device("auto")
+    if device.type != "cpu":
+        return "single_gpu", "demo"
+    return "cpu", "demo" if default_precision(device) == "bf16" else "demo_fp32"
+
+
+if __name__ == "__main__":
+    print(*demo_files())

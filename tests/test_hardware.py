@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from gpt2_hf.config import ModelSection, RunConfig, TrainSection
 from gpt2_hf.model.loss import LossKernels
 from gpt2_hf.train import build_accelerator, build_model
 
+ROOT = Path(__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -209,6 +211,24 @@ def test_precision_obeys_the_limit_set_for_the_library(monkeypatch):
         hardware._cpu_has_bf16.cache_clear()
         assert hardware.default_precision(CPU) == precision
     hardware._cpu_has_bf16.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "files"),
+    [
+        ("cuda", "bf16", ("single_gpu", "demo")),
+        ("cuda", "fp16", ("single_gpu", "demo")),
+        ("mps", "fp32", ("single_gpu", "demo")),
+        ("cpu", "bf16", ("cpu", "demo")),
+        ("cpu", "fp32", ("cpu", "demo_fp32")),
+    ],
+)
+def test_the_demo_is_of_the_machines_size(monkeypatch, device, precision, files):
+    monkeypatch.setattr(hardware, "pick_device", lambda _: torch.device(device))
+    monkeypatch.setattr(hardware, "default_precision", lambda _: precision)
+    assert hardware.demo_files() == files
+    for folder, file in zip(("accelerate_configs", "recipes"), files, strict=True):
+        assert (ROOT / folder / f"{file}.yaml").is_file()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")
