@@ -60,6 +60,8 @@ gpu-check: SHELL := /bin/bash
 gpu-check:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null || \
 		{ echo "error: $(PYTHON) has no PyTorch that finds a CUDA device; name another with make gpu-check PYTHON=..."; exit 2; }
+	@$(PYTHON) -c 'import accelerate, pytest, transformers' || \
+		{ echo "error: make gpu-check needs torch, transformers, accelerate and pytest in $(PYTHON)"; exit 2; }
 	@set -euo pipefail; mkdir -p "$(OUT)"; \
 	{ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true; git describe --always --dirty || true; \
 		$(PYTHON) -c 'import platform, torch, transformers, accelerate, numpy; from gpt2_hf import hardware; \
