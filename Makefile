@@ -40,8 +40,8 @@ $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python scripts/prepare_data.py --config recipes/data/shakespeare.yaml
-	$(BIN)/accelerate launch --quiet --config_file accelerate_configs/$$($(BIN)/python -m gpt2_hf.hardware).yaml \
-		scripts/pretrain.py --config recipes/demo.yaml
+	set -- $$($(BIN)/python -m gpt2_hf.hardware); $(BIN)/accelerate launch --quiet \
+		--config_file accelerate_configs/$$1.yaml scripts/pretrain.py --config recipes/$$2.yaml
 
 test: setup
 	$(PYTEST) $(TESTS)
@@ -67,13 +67,15 @@ test-upper: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(UPPER) -r $(UPPER)/newer.txt
 	PYTHONPATH=$(CURDIR)/$(UPPER) $(PYTEST) $(TESTS)
 
-# The Python that has the GPU's PyTorch, transformers, accelerate, pytest and jsonargparse; it needs no network.
+# The Python that has the GPU's PyTorch, transformers, accelerate and pytest; it needs no network, and no more packages.
 gpu-check: export HF_HUB_OFFLINE := 1
 gpu-check: export PYTHONPATH := $(CURDIR)
 gpu-check: SHELL := /bin/bash
 gpu-check:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null || \
 		{ echo "error: $(PYTHON) has no PyTorch that finds a CUDA device; name another with make gpu-check PYTHON=..."; exit 2; }
+	@$(PYTHON) -c 'import accelerate, pytest, transformers' || \
+		{ echo "error: make gpu-check needs torch, transformers, accelerate and pytest in $(PYTHON)"; exit 2; }
 	@set -euo pipefail; mkdir -p "$(OUT)"; \
 	{ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true; git describe --always --dirty || true; \
 		$(PYTHON) -c 'import platform, torch, transformers, accelerate, numpy; from gpt2_hf import hardware; \

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
+import math
+import os
 import platform
 import re
 import shutil
@@ -34,6 +37,9 @@ _PEAK_BF16 = (
     ("RTX 3090", 71e12),
     ("T4", 65e12),
 )
+
+# What ONEDNN_MAX_CPU_ISA may name whose bf16 products are emulated.
+_ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 # Newest first -> major compute capabilities that it has kernels for, whether it can drop out, and how to install it.
 _FLASH_ATTENTION = {
@@ -71,7 +77,9 @@ def default_precision(device: torch.device) -> str:
 
 @functools.cache
 def _cpu_has_bf16() -> bool:
-    # Without these instructions bf16 products are emulated, and several times slower than fp32.
+    # Without these instructions bf16 products are emulated, and many times slower than fp32.
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in _ISA_WITHOUT_BF16:  # the library's own limit
+        return False
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -83,13 +91,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s to measure utilisation against, and where the figure comes from.
 
     Known GPUs have their data sheet's dense bf16 peak (fp32 without TF32 is not told apart: MFU is against bf16).
-    Anything else is measured with a matrix product, so there MFU is a share of what the machine really does.
+    Anything else is measured with a matrix product, so there MFU is a share of what the machine really does; in fp32
+    where bf16 is emulated, as that would be no limit of the machine.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for key, peak in _PEAK_BF16:
             if re.search(rf"{key}\b", name):  # an A1000 is no A100
                 return peak, f"{name}, data sheet bf16"
+    if dtype == torch.bfloat16 and default_precision(device) != "bf16":
+        dtype = torch.float32
     return measure_gemm(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matrix product"
 
 
@@ -102,19 +113,28 @@ def measure_gemm(device: torch.device, dtype: torch.dtype, seconds: float = 0.3)
 
 
 def fastest(run: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Seconds of the fastest run, the device waited for, of those that fit in the time: at least one, after a first."""
+    """Seconds of the fastest run, the device waited for, of those that fit in the time: at least one, after a first.
 
-    def timed() -> float:
-        start = time.perf_counter()
-        run()
-        if device.type != "cpu":
+    On a CPU seconds of processor time, shared out to the threads: what other programs take at the moment is not this
+    machine's limit.
+    """
+    if device.type == "cpu":
+        n_threads = torch.get_num_threads()
+
+        def clock() -> float:
+            return time.process_time() / n_threads
+    else:
+
+        def clock() -> float:
             torch.accelerator.synchronize(device)
-        return time.perf_counter() - start
+            return time.perf_counter()
 
-    timed()
-    best, end = timed(), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        best = min(best, timed())
+    run()
+    best, end = math.inf, time.perf_counter() + seconds
+    while best == math.inf or time.perf_counter() < end:
+        start = clock()
+        run()
+        best = min(best, clock() - start)
     return best
 
 
@@ -207,6 +227,38 @@ def compile_obstacle(device: torch.device) -> str | None:
     return None
 
 
+def share_the_seeded_generator() -> None:
+    """Let compiled blocks that are checkpointed draw their dropout from the device's generator, on CUDA.
+
+    By default such a graph has generators of its own, so that the recomputed forward can draw the same again. They are
+    seeded once a process and never after, so a resumed run would drop out other units than one that ran through.
+    Without them the state of the device's generator is saved and set back around the recomputation.
+    """
+    torch._functorch.config.graphsafe_rng_functionalization = False
+
+
+def usable_cpus(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPUs that this process may keep busy, at least one: by its affinity, and by its control group's share of time."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # version 2: "max 100000" or microseconds allowed of a period
+        quota, period = (cgroup / "cpu.max").read_text().split()
+        return max(1, min(count, int(quota) // int(period)))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        if int(quota) > 0:
+            return max(1, min(count, int(quota) // int(period)))
+    return count
+
+
+def fit_threads() -> None:
+    """No more threads for operators than CPUs that this process may use: the others would hold up every operator.
+
+    PyTorch and launchers count the machine's cores, whatever a container or a batch system has left of them.
+    """
+    if usable_cpus() < torch.get_num_threads():
+        torch.set_num_threads(usable_cpus())
+
+
 def reuse_freed_memory() -> None:
     """Make glibc reuse freed memory instead of returning it to the system after every step, for training on a CPU.
 
@@ -234,5 +286,13 @@ def describe(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else f"{name} ({device.type})"
 
 
-if __name__ == "__main__":  # for the Makefile: which of accelerate_configs/ fits this machine
-    print("single_gpu" if torch.accelerator.is_available() else "cpu")
+def demo_files() -> tuple[str, str]:
+    """For the Makefile: which of accelerate_configs/ and which of the demo's recipes fit this machine."""
+    device = pick_device("auto")
+    if device.type != "cpu":
+        return "single_gpu", "demo"
+    return "cpu", "demo" if default_precision(device) == "bf16" else "demo_fp32"
+
+
+if __name__ == "__main__":
+    print(*demo_files())

@@ -40,7 +40,8 @@ class Throughput:
 
     Args:
         tokens_per_step: over all processes.
-        peak_tokens_per_sec: what all processes' devices would do at their peak FLOP/s.
+        peak_tokens_per_sec: what all processes' devices would do at their peak FLOP/s. A rate above it, which a peak
+            measured in a bad moment allows, takes its place: no machine does more than it can.
     """
 
     def __init__(self, tokens_per_step: int, peak_tokens_per_sec: float):
@@ -57,6 +58,7 @@ class Throughput:
         row = {}
         if self._since and step > self._since[0]:
             rate = (step - self._since[0]) * self.tokens_per_step / (time.perf_counter() - self._since[1])
+            self.peak_tokens_per_sec = max(self.peak_tokens_per_sec, rate)
             row = {"tokens_per_sec": round(rate, 1), "mfu": round(rate / self.peak_tokens_per_sec, 4)}
         self.restart(step)
         return row

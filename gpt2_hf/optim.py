@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -65,15 +65,21 @@ def set_lr(optimizers: Iterable[Optimizer], share: float) -> None:
             group["lr"] = share * group["peak_lr"]
 
 
-def step_optimizers(optimizers: Iterable[Optimizer], scaler: torch.amp.GradScaler | None) -> None:
-    """Update with each optimizer and clear its gradients; under fp16 the scaler skips those that overflowed.
+def step_optimizers(optimizers: Sequence[Optimizer], scaler: torch.amp.GradScaler | None, grad_norm: Tensor) -> None:
+    """Update with each optimizer and clear its gradients; under fp16 a step that overflowed is skipped by all of them.
 
     Not by Accelerate's wrappers: each updates the scaler, after which the next unscales its gradients a second time.
+
+    Args:
+        grad_norm: of all parameters, unscaled. The scaler judges each optimizer's gradients apart, but clipping has
+            divided all of them by this: where it is not finite, none is fit to use.
     """
+    # One optimizer's verdict is that on all gradients, and is not waited for.
+    overflowed = scaler is not None and len(optimizers) > 1 and not math.isfinite(grad_norm)
     for optimizer in optimizers:
         if scaler is None:
             optimizer.step()
-        else:
+        elif not overflowed:
             scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     if scaler is not None:

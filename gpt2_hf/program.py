@@ -31,6 +31,9 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
+        # A thread that has done its part of an operator sleeps until the others have, instead of holding its core, as
+        # OpenMP's threads do by default: that core may be what they wait for. Read when PyTorch loads.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # a character that the console lacks must not end a run
                 stream.reconfigure(errors="backslashreplace")

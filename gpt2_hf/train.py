@@ -176,7 +176,7 @@ def train_step(
             accelerator.backward(loss)
         total = total + loss.detach()
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
-    step_optimizers(optimizers, accelerator.scaler)
+    step_optimizers(optimizers, accelerator.scaler, grad_norm)
     return total, grad_norm
 
 
@@ -262,6 +262,7 @@ def set_precision(config: RunConfig, device: torch.device) -> str:
         raise ConfigError(f"train.precision fp16 needs CUDA, this is {device.type}; leave it at auto")
     if device.type == "cpu":
         hardware.reuse_freed_memory()
+        hardware.fit_threads()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
     if config.train.deterministic or device.type == "cpu":
         # On the CPU this costs nothing, and without it threads add up gradients in any order.
@@ -332,6 +333,8 @@ def build_model(
         # Block by block: all blocks share one compiled graph, and evaluation and saving see the plain module.
         # DDP's optimizer for compiled modules would cut each of these graphs at its buckets; a block is no larger.
         torch._dynamo.config.optimize_ddp = False
+        if config.train.gradient_checkpointing and config.model.dropout:
+            hardware.share_the_seeded_generator()
         for block in model.transformer.h:
             block.compile(dynamic=False)
         LossKernels.compile(dynamic=False)

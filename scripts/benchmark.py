@@ -1,8 +1,8 @@
 """Race our training step against other GPT-2s on this machine, in turns: python scripts/benchmark.py --shape 4x256
 
 --ladder climbs the lecture's steps instead, from fp32 to ours. --what says what else to measure: whether data and
-logging keep up (loop), how long the demo's start takes (start), whether the loss falls as in the plain loop (curve),
-HellaSwag against lm-evaluation-harness (hellaswag).
+logging keep up (loop), how long the demo's start takes (start), what other programs on the CPUs cost (busy), whether
+the loss falls as in the plain loop (curve), HellaSwag against lm-evaluation-harness (hellaswag).
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ def main() -> None:
     parser = Arguments(__doc__)
     parser.add_argument("--shape", choices=["demo", "4x256", "124M"], default="4x256")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--what", choices=["step", "loop", "start", "curve", "hellaswag"], default="step")
+    parser.add_argument("--what", choices=["step", "loop", "start", "busy", "curve", "hellaswag"], default="step")
     parser.add_argument("--ladder", action="store_true", help="the lecture's ladder instead of the peers")
     parser.add_argument("--peer", action="append", default=[], help="PATH:CLASS of a nanoGPT-style model; may repeat")
     parser.add_argument("--only", action="append", default=[], help="only rows with this in their name; may repeat")
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_knob("--out", kind=Annotated[str, PathName()], default="runs/benchmark", help=help)
     args = parser.parse_args()
     from gpt2_hf import hardware
-    from gpt2_hf.benchmark.run import compare_curves, race_loop, race_scoring, race_start, race_steps
+    from gpt2_hf.benchmark.run import compare_curves, race_busy, race_loop, race_scoring, race_start, race_steps
     from gpt2_hf.benchmark.variants import shape_of
 
     device = hardware.pick_device(args.device)
@@ -46,6 +46,8 @@ def main() -> None:
         text = race_loop(replace(shape, grad_accum_steps=8), device, args.rounds)
     elif args.what == "start":
         text = race_start(args.rounds)
+    elif args.what == "busy":
+        text = race_busy(shape, device, args.rounds, args.seconds, args.out)
     elif args.what == "curve":
         text = compare_curves(device, args.rounds)
     else:

@@ -1,8 +1,12 @@
 """The benchmark measures what it says: the same training in every variant, and honest arithmetic on the times."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +18,7 @@ from accelerate.state import AcceleratorState
 from gpt2_hf import hardware
 from gpt2_hf.benchmark import results, run, variants
 from gpt2_hf.benchmark.breakdown import profile_step
-from gpt2_hf.benchmark.limits import floor_seconds
+from gpt2_hf.benchmark.limits import floor_seconds, measure_limits
 from gpt2_hf.benchmark.race import RaceError, Result, Row, race
 from gpt2_hf.benchmark.variants import OURS, Shape, Variant, build, read_batches
 
@@ -151,6 +155,35 @@ def test_arithmetic():
     assert found["best_peer"] == "transformers fp32"
 
 
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_no_figure_that_cannot_be(monkeypatch, has_bf16):
+    """Limits measured a thousand times too small, as of an emulated product or beside another program."""
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: has_bf16)
+    ours, peer = row(PLAIN_OURS, [[0.5, 0.5]]), row(STOCK, [[1.0, 1.0]])
+    limits = {"gemm_fp32": 2e6, "copy": 1e6} | ({"gemm_bf16": 1e6} if has_bf16 else {})
+    found = results.summarize(Result([ours, peer], limits, {}), TINY, CPU)
+    assert [one["mfu"] for one in found["table"]] == pytest.approx([1.0, 0.5])
+    text = results.as_text(found)
+    assert "the fastest variant, which beat the measured fp32 matrix product" in text
+    assert "unavoidable" not in text and "measured while the machine was busy" in text
+    assert ("No peer in bf16" in text) != has_bf16 and ("bf16 product" in text) == has_bf16
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_an_emulated_precision_is_neither_measured_nor_raced(monkeypatch, has_bf16):
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: has_bf16)
+    measured = []
+    monkeypatch.setattr(hardware, "measure_gemm", lambda device, dtype, seconds: measured.append(dtype) or 1e12)
+    monkeypatch.setattr(hardware, "fastest", lambda *_: 1.0)
+    limits = measure_limits(CPU, 0.1)
+    assert (torch.bfloat16 in measured) == ("gemm_bf16" in limits) == has_bf16 and "gemm_fp32" in limits
+    rows = [*variants.variants("cpu", ["nano.py:GPT"], has_bf16), *variants.ladder("cpu", has_bf16)]
+    assert any(one.bf16 for one in rows if one.model != "ours") == has_bf16
+    assert any("bf16" in one.label for one in rows) == has_bf16
+    assert "nano compile + bf16" in [one.label for one in rows] or not has_bf16
+    assert len({one.label for one in rows}) == len(rows) - 1  # ours is in both
+
+
 def test_wrong_losses_are_refused():
     wrong = Result([row(PLAIN_OURS, [[1.0]], (5.0, 4.0, 3.01)), row(STOCK, [[1.0]])], {}, {})
     with pytest.raises(RaceError, match="our step is wrong"):
@@ -173,9 +206,45 @@ def test_share_of_the_loop(monkeypatch):
     assert "of the loop's time is computing" in run.race_loop(replace(TINY, vocab_size=50257), CPU, 1)
 
 
+def test_beside_other_programs(tmp_path):
+    text = run.race_busy(TINY, CPU, 1, 0.05, tmp_path, variant=PLAIN_OURS)
+    n_cpus = hardware.usable_cpus()
+    assert f"| {n_cpus} counting | 50% |" in text and f"| 1 counting | {n_cpus / (n_cpus + 1):.0%} |" in text
+    assert len(re.findall(r"\d+%", text)) == 3 * len({1, n_cpus})
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        f"Worker(Variant('stuck', 'stuck.py:GPT'), {TINY!r}, torch.device('cpu'), Path('logs'))._process",
+        "subprocess.Popen([*WITH_US, 'stuck.py'], stdin=subprocess.PIPE)",
+    ],
+)
+def test_a_killed_benchmark_leaves_no_process(tmp_path, start):
+    """Not even one that would never have ended, and never asks whether it should."""
+    (tmp_path / "stuck.py").write_text("while True:\n    pass\n")
+    code = f"""
+import os, signal, subprocess, torch
+from pathlib import Path
+from gpt2_hf.benchmark.race import Worker
+from gpt2_hf.benchmark.run import WITH_US
+from gpt2_hf.benchmark.variants import Shape, Variant
+print(({start}).pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    assert killed.returncode == -signal.SIGKILL
+    child = Path(f"/proc/{int(killed.stdout)}/stat")
+    end = time.monotonic() + 120
+    while child.exists() and child.read_text().split()[2] != "Z" and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not child.exists() or child.read_text().split()[2] == "Z"  # ended; nobody may be there to reap it
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_ladder_adds_one_thing_a_step(device):
-    steps = variants.ladder(device)
+    steps = variants.ladder(device, bf16=True)
     assert ("+ TF32" in [step.label for step in steps]) == (device == "cuda")
     for before, after in pairwise(steps[:-1]):
         assert sum(getattr(before, name) != getattr(after, name) for name in vars(after) if name != "label") == 1
@@ -186,6 +255,8 @@ def test_ladder_adds_one_thing_a_step(device):
     ("arguments", "words"),
     [
         (["--shape", "345M"], "345M"),
+        (["--rounds", "many"], "--rounds"),
+        (["--nosuch"], "--nosuch"),
         (["--peer", "nothing.py:GPT", "--device", "nosuch"], "cannot be used"),
     ],
 )

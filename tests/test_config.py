@@ -101,8 +101,9 @@ def test_resolved_config_reads_back_equal(tmp_path, recipe):
 def test_recipes_are_valid_and_divide_on_1_and_8_processes(path):
     config = parse("--config", str(path))
     config.model.gpt_config()
-    assert config.train.run_dir == f"runs/{path.stem}"
-    for world_size in (1,) if path.stem == "demo" else (1, 8):
+    name = path.stem.removesuffix("_fp32")  # the same run for another machine
+    assert config.train.run_dir == f"runs/{name}"
+    for world_size in (1,) if name == "demo" else (1, 8):
         assert config.grad_accum_steps(world_size) >= 1
 
 

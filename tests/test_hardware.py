@@ -1,13 +1,23 @@
 """What is chosen for a machine, with the machine made up."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers.utils as hf
+from accelerate.state import AcceleratorState, PartialState
+from torch._functorch import config as functorch
 
 from gpt2_hf import hardware
+from gpt2_hf.config import ModelSection, RunConfig, TrainSection
+from gpt2_hf.model.loss import LossKernels
+from gpt2_hf.train import build_accelerator, build_model
 
+ROOT = Path(__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -120,8 +130,122 @@ def test_peak_of_this_cpu_is_measured():
     assert 1e9 < peak < 1e14 and "measured" in source
 
 
+def test_what_other_programs_take_is_no_limit_of_this_cpu(monkeypatch):
+    """Each product takes 2 s, of which both threads worked 0.25 s: the machine can do one in 0.25 s."""
+    now = {"wall": 0.0, "work": 0.0}
+
+    def product(*_, **__) -> None:
+        now["wall"] += 2.0
+        now["work"] += 2 * 0.25
+
+    monkeypatch.setattr(
+        hardware, "time", SimpleNamespace(perf_counter=lambda: now["wall"], process_time=lambda: now["work"])
+    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "mm", product)
+    assert hardware.measure_gemm(CPU, torch.float32, seconds=5) == pytest.approx(2 * 2048**3 / 0.25)
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({}, 4),
+        ({"cpu.max": "max 100000\n"}, 4),
+        ({"cpu.max": "250000 100000\n"}, 2),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "800000 100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+    ],
+)
+def test_cpus_are_those_that_this_process_may_use(monkeypatch, tmp_path, files, cpus):
+    monkeypatch.setattr(hardware.os, "sched_getaffinity", lambda _: {0, 1, 2, 5}, raising=False)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert hardware.usable_cpus(tmp_path) == cpus
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pins a process to a CPU")
+def test_a_program_has_a_thread_for_each_cpu_and_its_threads_sleep():
+    """As the launcher starts it: with as many threads as the machine has cores."""
+    code = """
+import os
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+from gpt2_hf.program import program
+
+@program
+def main():
+    from gpt2_hf.config import RunConfig
+    from gpt2_hf.train import set_precision
+    import torch
+    set_precision(RunConfig(), torch.device("cpu"))
+    print(torch.get_num_threads(), os.environ["OMP_WAIT_POLICY"])
+
+main()
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    for policy in ({}, {"OMP_WAIT_POLICY": "active"}):  # the user's word counts
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment | {"OMP_NUM_THREADS": "3"} | policy,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert result.stdout.split() == ["1", policy.get("OMP_WAIT_POLICY", "passive")]
+
+
+def test_emulated_bf16_is_no_peak(monkeypatch):
+    monkeypatch.setattr(
+        hardware, "measure_gemm", lambda device, dtype: {torch.float32: 2e12, torch.bfloat16: 1e9}[dtype]
+    )
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: False)
+    assert hardware.peak_flops(CPU, torch.bfloat16) == (2e12, "measured float32 matrix product")
+
+
+def test_precision_obeys_the_limit_set_for_the_library(monkeypatch):
+    monkeypatch.setattr(hardware.Path, "read_text", lambda self: "flags : avx2 avx512_bf16")
+    for limit, precision in (("", "bf16"), ("AVX512_CORE_BF16", "bf16"), ("avx2", "fp32"), ("AVX512_CORE", "fp32")):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        hardware._cpu_has_bf16.cache_clear()
+        assert hardware.default_precision(CPU) == precision
+    hardware._cpu_has_bf16.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "files"),
+    [
+        ("cuda", "bf16", ("single_gpu", "demo")),
+        ("cuda", "fp16", ("single_gpu", "demo")),
+        ("mps", "fp32", ("single_gpu", "demo")),
+        ("cpu", "bf16", ("cpu", "demo")),
+        ("cpu", "fp32", ("cpu", "demo_fp32")),
+    ],
+)
+def test_the_demo_is_of_the_machines_size(monkeypatch, device, precision, files):
+    monkeypatch.setattr(hardware, "pick_device", lambda _: torch.device(device))
+    monkeypatch.setattr(hardware, "default_precision", lambda _: precision)
+    assert hardware.demo_files() == files
+    for folder, file in zip(("accelerate_configs", "recipes"), files, strict=True):
+        assert (ROOT / folder / f"{file}.yaml").is_file()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")
 def test_precision_follows_the_cpu(monkeypatch):
     for has_bf16 in (True, False):
         monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
         assert hardware.default_precision(CPU) == ("bf16" if has_bf16 else "fp32")
+
+
+@pytest.mark.parametrize(("dropout", "checkpointing"), [(0.1, True), (0.0, True), (0.1, False)])
+def test_checkpointed_dropout_has_no_generators_of_its_own(monkeypatch, dropout, checkpointing):
+    """What the seed of a micro-batch would not reach; what it means on a GPU is tested there."""
+    monkeypatch.setattr(LossKernels, "exponentiate", staticmethod(LossKernels.exponentiate))
+    model = ModelSection(n_layer=1, n_head=2, n_embd=16, vocab_size=64, dropout=dropout)
+    config = RunConfig(model=model, train=TrainSection(gradient_checkpointing=checkpointing, compile="on"))
+    PartialState(cpu=True)
+    with functorch.patch(graphsafe_rng_functionalization=True):
+        build_model(config, None, build_accelerator(config, "fp32"), "fp32")
+        assert functorch.graphsafe_rng_functionalization != (dropout > 0 and checkpointing)
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -36,7 +36,7 @@ ALLOWED = {
     # The benchmark stands above everything else: it measures train.py's own step.
     "benchmark.__init__": set(),
     "benchmark.variants": {"config", "data.tokenizer", "hardware", "model", "optim", "train"},
-    "benchmark.limits": {"benchmark.variants", "hardware"},
+    "benchmark.limits": {"benchmark.variants", "hardware", "train"},
     "benchmark.breakdown": set(),
     "benchmark.worker": {"benchmark.breakdown", "benchmark.variants", "metrics"},
     "benchmark.race": {"benchmark.limits", "benchmark.variants"},
@@ -48,6 +48,7 @@ ALLOWED = {
         "benchmark.results",
         "benchmark.variants",
         "config",
+        "hardware",
         "metrics",
         "train",
     },
@@ -128,6 +129,16 @@ def test_imports_run_one_way():
     assert files.keys() == ALLOWED.keys()
     for name, path in files.items():
         assert imports_of(path) - ALLOWED[name] - {"program", "knobs"} == set(), name
+
+
+def test_the_benchmark_needs_nothing_but_what_training_needs():
+    """A GPU machine brings its own packages, and may have no network for more."""
+    modules = {module for module in ALLOWED if module.startswith("benchmark.")} - {"benchmark.__init__"}
+    files = [PACKAGE.parent / "scripts" / "benchmark.py", *(PACKAGE / f"{m.replace('.', '/')}.py" for m in modules)]
+    for path in files:
+        for node in ast.parse(path.read_text()).body:  # what is imported first
+            names = [alias.name for alias in getattr(node, "names", ())] + [getattr(node, "module", None) or ""]
+            assert not {name.partition(".")[0] for name in names} & set(HEAVY), path.name
 
 
 def test_the_model_folder_can_travel():

@@ -3,6 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gpt2_hf.model import loss as loss_module
 from gpt2_hf.model.loss import linear_cross_entropy
@@ -87,6 +90,39 @@ def test_padding_of_the_vocabulary_takes_no_part():
     with torch.no_grad():
         loss = linear_cross_entropy(hidden, -weight.abs() * 10, labels)
     torch.testing.assert_close(loss, reference(hidden, -weight.abs() * 10, labels))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of what operators return: the most that was alive at once. Nothing was, before it began."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and (key := t.untyped_storage()._cdata) not in given:
+                self.alive[key] = StorageWeakRef(t.untyped_storage()), t.untyped_storage().nbytes()
+        self.peak = max(self.peak, sum(n_bytes for _, n_bytes in self.alive.values()))
+        return result
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.bfloat16, 2), (torch.float16, 2), (torch.float32, 0)])
+def test_softmax_without_a_compiler_holds_one_copy_in_fp32(dtype, copies):
+    """The copy counted in sizes of the logits; in fp32 there is nothing to widen."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(64, 2048).to(dtype), torch.randint(2048, (64,))
+    before = logits.double()
+    with LiveBytes() as count:
+        total, nll = loss_module.exponentiate(logits, labels)
+    size = logits.numel() * logits.element_size()
+    assert copies * size <= count.peak < (copies + 0.05) * size
+    torch.testing.assert_close(nll.double(), F.cross_entropy(before, labels, reduction="none"), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.double() / total[:, None], before.softmax(-1), rtol=1e-2, atol=1e-6)
 
 
 def test_compiled_kernels_agree(monkeypatch):

@@ -71,12 +71,41 @@ def test_gradient_scaler_unscales_each_optimizer_once():
                 scaler.scale(torch.ones(()))  # as a backward pass would: the scaler makes its state lazily
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)  # as clipping does
-            step_optimizers(optimizers, scaler)
+            step_optimizers(optimizers, scaler, nn.utils.get_total_norm([p.grad for p in model.parameters()]))
             assert all(p.grad is None for p in model.parameters())
         return [p.detach() for p in model.parameters()]
 
     for a, b in zip(update(0), update(1024.0), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+@pytest.mark.parametrize("where", [".h.0.mlp.c_fc.weight", "wte.weight", None])
+def test_an_overflow_anywhere_skips_the_step_everywhere(bad, where):
+    """The scaler judges Muon's gradients and AdamW's apart, while clipping makes one norm of both."""
+    model = tiny()
+    optimizers = build_optimizers(model, OptimSection(name="muon", lr=1e-2, muon_lr=1e-2), CPU)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    def update(overflow: bool) -> dict[str, bool]:
+        """One step as train_step makes it; which parameters moved."""
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        scaler.scale(torch.ones(()))
+        for name, p in model.named_parameters():
+            p.grad = torch.full_like(p, scaler.get_scale())
+            if overflow and where and name.endswith(where):
+                p.grad[0, 0] = bad
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        step_optimizers(optimizers, scaler, norm)
+        return {name: not torch.equal(p, before[name]) for name, p in model.named_parameters()}
+
+    assert all(update(False).values())  # momentum, by which a step would move even without a gradient
+    moved = update(True)
+    assert set(moved.values()) == {where is None}
+    assert scaler.get_scale() == (1024 if where is None else 512)
+    assert all(update(False).values()) and all(p.isfinite().all() for p in model.parameters())
 
 
 def test_untied_head_is_not_for_muon():

@@ -468,3 +468,15 @@ def test_throughput_counts_training_only(monkeypatch):
     meter.restart(5)  # an evaluation
     now[0] = 51.0
     assert meter.measure(6)["tokens_per_sec"] == 100.0
+
+
+def test_mfu_never_exceeds_one(monkeypatch):
+    """A peak measured in a bad moment gives way to what training reaches, for all steps to come."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    meter = Throughput(tokens_per_step=100, peak_tokens_per_sec=50)
+    meter.restart(0)
+    mfus = []
+    for step, now[0] in enumerate((1.0, 1.5, 2.5, 12.5), 1):  # 100, 200, 100 and 10 tokens/s
+        mfus.append(meter.measure(step)["mfu"])
+    assert mfus == [1.0, 1.0, 0.5, 0.05]

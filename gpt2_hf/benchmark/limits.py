@@ -7,17 +7,26 @@ from functools import partial
 import torch
 
 from .. import hardware
+from ..train import DTYPES
 from .variants import Shape
 
 
 def measure_limits(device: torch.device, seconds: float) -> dict[str, float]:
-    """FLOP/s of bf16 and fp32 matrix products and bytes/s of a copy (read and written), each the best of many."""
-    dtypes = {"gemm_bf16": torch.bfloat16, "gemm_fp32": torch.float32}
-    limits = {name: hardware.measure_gemm(device, dtype, seconds / 3) for name, dtype in dtypes.items()}
+    """FLOP/s of matrix products in fp32 and in what the device trains in, and bytes/s of a copy (read and written).
+
+    Each is the best of many. A precision that the device only emulates is no limit of it, and is not measured.
+    """
+    precisions = {hardware.default_precision(device), "fp32"}
+    limits = {f"gemm_{name}": hardware.measure_gemm(device, DTYPES[name], seconds / 3) for name in sorted(precisions)}
     source = torch.randn(2**25 if device.type == "cpu" else 2**28, device=device)  # beyond every cache
     target = torch.empty_like(source)
     limits["copy"] = 2 * 4 * source.numel() / hardware.fastest(partial(target.copy_, source), device, seconds / 3)
     return limits
+
+
+def fastest_gemm(limits: dict[str, float]) -> float:
+    """FLOP/s of the faster of the products that were measured."""
+    return max(value for name, value in limits.items() if name.startswith("gemm_"))
 
 
 def floor_seconds(shape: Shape, limits: dict[str, float]) -> dict[str, float]:
@@ -25,12 +34,12 @@ def floor_seconds(shape: Shape, limits: dict[str, float]) -> dict[str, float]:
 
     matrices: every weight matrix meets every token once forward and twice backward; attention: its two products over
     the causal half, likewise; optimizer: AdamW reads parameter, gradient and two moments and writes three of them, in
-    fp32; softmax: the logits, in bf16, are read and written once between the products that make and take them.
+    fp32; softmax: the logits, in two bytes, are read and written once between the products that make and take them.
     """
     c, tokens = shape.n_embd, shape.tokens
     head = shape.vocab_size * c
     blocks = 12 * c * c * shape.n_layer
-    gemm, copy = limits["gemm_bf16"], limits["copy"]
+    gemm, copy = fastest_gemm(limits), limits["copy"]
     return {
         "matrices": 6 * tokens * (head + blocks) / gemm,
         "attention": 6 * tokens * shape.n_layer * c * shape.seq_len / gemm,
@@ -39,8 +48,17 @@ def floor_seconds(shape: Shape, limits: dict[str, float]) -> dict[str, float]:
     }
 
 
-def peak_of(device: torch.device, limits: dict[str, float]) -> tuple[float, str]:
-    """FLOP/s that MFU is measured against: a known GPU's data sheet, else the measured bf16 matrix product."""
+def peak_of(device: torch.device, limits: dict[str, float], achieved: float) -> tuple[float, str]:
+    """FLOP/s that MFU is measured against: a known GPU's data sheet, else the fastest measured matrix product.
+
+    Args:
+        achieved: by the fastest variant. Where even this is more, the product was measured in a bad moment.
+    """
     if device.type == "cuda":
-        return hardware.peak_flops(device, torch.bfloat16)
-    return limits["gemm_bf16"], "measured bf16 matrix product"
+        peak, source = hardware.peak_flops(device, torch.bfloat16)
+    else:
+        peak = fastest_gemm(limits)
+        source = (
+            f"measured {next(name for name in limits if limits[name] == peak).removeprefix('gemm_')} matrix product"
+        )
+    return (peak, source) if achieved <= peak else (achieved, f"the fastest variant, which beat the {source}")

@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -108,15 +108,27 @@ def race(
 
 
 class Worker:
-    """A process with one variant in it; see worker.py for what it understands."""
+    """A process with one variant in it; see worker.py for what it understands.
 
-    def __init__(self, variant: Variant, shape: Shape, device: torch.device, logs: Path):
+    Args:
+        settings: environment variables for it; None takes one away.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        shape: Shape,
+        device: torch.device,
+        logs: Path,
+        settings: Mapping[str, str | None] | None = None,
+    ):
         logs.mkdir(parents=True, exist_ok=True)
         self._log = logs / (re.sub(r"\W+", "_", variant.label) + ".log")
         request = json.dumps({"variant": asdict(variant), "shape": asdict(shape), "device": str(device)})
         command = [sys.executable, "-m", "gpt2_hf.benchmark.worker", request]
         # Where the package is not installed, the processes find it as this one did.
         path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **(settings or {})}
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 command,
@@ -124,7 +136,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+                env={name: value for name, value in environment.items() if value is not None},
             )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._questions, self._answers = self._process.stdin, self._process.stdout

@@ -45,9 +45,9 @@ def summarize(result: Result, shape: Shape, device: torch.device) -> dict[str, A
     """Everything as plain values, ready for JSON."""
     model = initial_model(shape)
     flops = flops_per_token(model.num_parameters(), model.config, shape.seq_len)
-    peak, peak_source = peak_of(device, result.limits)
-    floor = floor_seconds(shape, result.limits)
     ran = [row for row in result.rows if row.rounds]
+    peak, peak_source = peak_of(device, result.limits, flops * max(_median(row, shape) for row in ran))
+    floor = floor_seconds(shape, result.limits)
     peers = [row for row in ran if row.variant.model != "ours"]
     best = max((row for row in peers if not row.variant.allocator), key=lambda row: _median(row, shape), default=ran[0])
     table = []
@@ -86,6 +86,7 @@ def summarize(result: Result, shape: Shape, device: torch.device) -> dict[str, A
         "check": check(result),
         "table": table,
         "failed": {row.variant.label: row.error for row in result.rows if row.error},
+        "precision": hardware.default_precision(device),
         "limits": result.limits,
         "floor_ms": {name: 1e3 * seconds for name, seconds in floor.items()},
         "breakdown_ms": result.breakdown,
@@ -124,9 +125,16 @@ def as_text(found: dict[str, Any]) -> str:
         "",
         f"MFU is (6 N + 12 L C T) x tokens/s over {found['peak_flops'] / 1e12:.3g} TFLOP/s ({found['peak_source']}). "
         f"Contended: steps of over 1.25 times their variant's median. The best peer is {found['best_peer']}.",
-        f"Limits, the best of each round: bf16 product {limits['gemm_bf16'] / 1e12:.3g} TFLOP/s, fp32 product "
-        f"{limits['gemm_fp32'] / 1e12:.3g} TFLOP/s, copy {limits['copy'] / 1e9:.3g} GB/s.",
+        "Limits, the best of each round: "
+        + "".join(
+            f"{name.removeprefix('gemm_')} product {value / 1e12:.3g} TFLOP/s, "
+            for name, value in limits.items()
+            if name.startswith("gemm_")
+        )
+        + f"copy {limits['copy'] / 1e9:.3g} GB/s.",
     ]
+    if found["precision"] != "bf16":
+        lines.append(f"No peer in bf16: this machine only emulates it. Ours trains in {found['precision']}.")
     ours = next((row for row in found["table"] if row["label"] == "gpt2_hf"), None)
     if ours:
         tokens = shape["micro_batch_size"] * shape["seq_len"] * shape["grad_accum_steps"]
@@ -134,7 +142,12 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(
             f"Floor of a step from these: {least:,.1f} ms ("
             + ", ".join(f"{name} {ms:,.1f}" for name, ms in floor.items())
-            + f"); ours takes {step:,.1f} ms, so {least / step:.0%} of it is unavoidable here."
+            + f"); ours takes {step:,.1f} ms, "
+            + (
+                f"so {least / step:.0%} of it is unavoidable here."
+                if least <= step
+                else "so the limits were measured while the machine was busy, and say nothing."
+            )
         )
     if parts:
         profiled = ", ".join(f"{name} {ms:,.1f}" for name, ms in parts.items())

@@ -18,11 +18,12 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from .. import hardware
 from .. import train as training
 from ..config import CheckpointSection, EvalSection
 from ..metrics import read_rows
 from .hellaswag import race_hellaswag, write_random_model
-from .race import RaceError, race
+from .race import RaceError, Worker, race
 from .results import as_text, summarize, write
 from .variants import (
     OURS,
@@ -39,6 +40,15 @@ from .variants import (
 )
 
 ROOT = Path(__file__).parents[2]
+# Runs the script named next, and ends it when its standard input ends: when this program does, in whatever way.
+WITH_US = (
+    sys.executable,
+    "-c",
+    "import os, runpy, sys, threading\n"
+    "threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()\n"
+    "del sys.argv[0]\n"
+    "runpy.run_path(sys.argv[0], run_name='__main__')",
+)
 
 
 def race_steps(
@@ -56,7 +66,8 @@ def race_steps(
     Raises:
         RaceError: when our losses are not stock's, or our step fails.
     """
-    rows = ladder(device.type) if ladder_instead else variants(device.type, peers)
+    bf16 = hardware.default_precision(device) == "bf16"
+    rows = ladder(device.type, bf16) if ladder_instead else variants(device.type, peers, bf16)
     if only:
         rows = [row for row in rows if row.model == "ours" or any(part in row.label for part in only)]
     found = summarize(race(rows, shape, device, rounds, seconds, out / "logs"), shape, device)
@@ -101,6 +112,72 @@ def race_loop(shape: Shape, device: torch.device, rounds: int) -> str:
     )
 
 
+def race_busy(
+    shape: Shape, device: torch.device, rounds: int, seconds: float, out: Path, variant: Variant = OURS
+) -> str:
+    """What is left of our speed beside other programs, when waiting threads sleep, as ours do, and by OpenMP's default.
+
+    The other programs count, on a thread each. In each round both kinds train in turns, alone and beside them; shares
+    are medians over the rounds, of what was left in the same round.
+
+    Raises:
+        RaceError: on a GPU, whose speed other programs on the CPUs hardly touch.
+    """
+    if device.type != "cpu":
+        raise RaceError(f"--what busy is about CPUs, this is {device.type}; add --device cpu")
+    n_cpus = hardware.usable_cpus()
+    policies = {"threads that sleep": "passive", "OpenMP's default": None}
+    rates: dict[tuple[str, int], list[float]] = {}  # tokens/s by round
+    workers: dict[str, Worker] = {}
+    try:
+        for name, policy in policies.items():
+            named = replace(variant, label=name)
+            workers[name] = Worker(named, shape, device, out / "logs", {"OMP_WAIT_POLICY": policy})
+            if error := workers[name].answer().get("error"):
+                raise RaceError(f"our own step fails: {error}")
+        for _ in range(rounds):
+            for n_others in (0, 1, n_cpus):
+                with busy_programs(n_others):
+                    for name, worker in workers.items():
+                        steps = worker.ask(f"run {seconds}")["seconds"]
+                        rates.setdefault((name, n_others), []).append(shape.tokens * len(steps) / sum(steps))
+    finally:
+        for worker in workers.values():
+            worker.close()
+    lines = [
+        f"{n_cpus} CPUs, {rounds} rounds",
+        "| beside | fair share | " + " | ".join(policies) + " |",
+        "|---|---|---|---|",
+    ]
+    lines.append("| nothing, tokens/s | | " + " | ".join(f"{median(rates[name, 0]):,.0f}" for name in policies) + " |")
+    for n_others in sorted({1, n_cpus}):
+        shares = (
+            median(beside / alone for beside, alone in zip(rates[name, n_others], rates[name, 0], strict=True))
+            for name in policies
+        )
+        lines.append(
+            f"| {n_others} counting | {n_cpus / (n_cpus + n_others):.0%} | "
+            + " | ".join(f"{s:.0%}" for s in shares)
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+@contextmanager
+def busy_programs(count: int) -> Iterator[None]:
+    """So many other programs that each keep a thread busy."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+        script.write("while True:\n    pass\n")
+        script.flush()
+        others = [subprocess.Popen([*WITH_US, script.name], stdin=subprocess.PIPE) for _ in range(count)]
+        try:
+            yield
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+
+
 def race_start(rounds: int) -> str:
     """Seconds from the command to the first step of the demo, with its measurements before that, in fresh processes."""
     found: dict[str, list[float]] = {"nothing compiled before": [], "compiled before": []}
@@ -116,13 +193,13 @@ def race_start(rounds: int) -> str:
 
 
 def _first_step(folder: Path, run_dir: str) -> float:
-    command = [sys.executable, "scripts/pretrain.py", "--config", "recipes/demo.yaml", "--train.log_every", "1"]
+    command = [*WITH_US, "scripts/pretrain.py", "--config", "recipes/demo.yaml", "--train.log_every", "1"]
     command += ["--data.path", str(folder), "--train.run_dir", run_dir]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled"), "PYTHONPATH": str(ROOT)}
     start = time.perf_counter()
     printed = Path(f"{run_dir}.log")
     with printed.open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log)
     try:
         while process.poll() is None:
             if any("train_loss" in row for row in read_rows(Path(run_dir, "metrics.jsonl"))):

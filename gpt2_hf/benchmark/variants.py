@@ -96,29 +96,34 @@ OURS = Variant("gpt2_hf", "ours", bf16=True, compile=True)
 PLAIN = Variant("transformers fp32", "stock")
 
 
-def variants(device: str, peers: Sequence[str]) -> list[Variant]:
-    """Ours, and every peer as its user would run it; the fastest ones also with our allocator settings."""
-    stock = Variant("transformers", "stock", tf32=True)
-    rows = [
-        OURS,
-        PLAIN,
-        replace(stock, label="transformers bf16", bf16=True),
-        replace(stock, label="transformers compile", compile=True),
-    ]
-    best = [replace(stock, label="transformers compile + bf16", compile=True, bf16=True)]
+def variants(device: str, peers: Sequence[str], bf16: bool) -> list[Variant]:
+    """Ours, and every peer as its user would run it; the fastest ones also with our allocator settings.
+
+    Without `bf16` no peer computes in it: where it is emulated a step takes minutes, and nobody would train so.
+    """
+    rows = [OURS, PLAIN]
+    if bf16:
+        rows.append(Variant("transformers bf16", "stock", bf16=True, tf32=True))
+        rows.append(Variant("transformers compile", "stock", compile=True, tf32=True))
+    kind = "compile + bf16" if bf16 else "compile"
+    fast = Variant(f"transformers {kind}", "stock", bf16=bf16, compile=True, tf32=True)
+    best = [fast]
     if importlib.util.find_spec("litgpt"):
-        best.append(Variant("litgpt compile + bf16", "litgpt", bf16=True, compile=True, tf32=True))
+        best.append(replace(fast, label=f"litgpt {kind}", model="litgpt"))
     for peer in peers:
-        name = f"{Path(peer.rpartition(':')[0]).stem} compile + bf16"
-        best.append(Variant(name, peer, bf16=True, compile=True, tf32=True, fused=device != "cpu"))
+        name = f"{Path(peer.rpartition(':')[0]).stem} {kind}"
+        best.append(replace(fast, label=name, model=peer, fused=device != "cpu"))
     rows += best
     if device == "cpu":
         rows += [replace(row, label=f"{row.label} + our allocator", allocator=True) for row in best]
     return rows
 
 
-def ladder(device: str) -> list[Variant]:
-    """The lecture's steps, each row one more of them than the row above; the last is ours. (TF32 is a GPU's.)"""
+def ladder(device: str, bf16: bool) -> list[Variant]:
+    """The lecture's steps, each row one more of them than the row above; the last is ours.
+
+    TF32 is a GPU's; bf16 is left out where it would be emulated.
+    """
     rows = [Variant("fp32", "stock", attention="eager")]
     for label, change in (
         ("+ TF32", {"tf32": True}),
@@ -128,7 +133,7 @@ def ladder(device: str) -> list[Variant]:
         ("+ padded vocabulary", {"padded": True}),
         ("+ fused AdamW", {"fused": True}),
     ):
-        if label != "+ TF32" or device == "cuda":
+        if (label != "+ TF32" or device == "cuda") and (label != "+ bf16" or bf16):
             rows.append(replace(rows[-1], label=label, **change))
     return [*rows, OURS]
 

@@ -3,6 +3,7 @@
     (begin)        answers, once warm, with the losses of the first steps, or with an error
     run SECONDS    train for about so long; answers with the seconds of each step
     profile        answers with where the time of a step goes
+    (end)          ends at once, whatever it is doing: so it does when the benchmark is killed
 
 Its own process, because allocator settings, TF32 and compiled code are the process's; and a process that waits
 costs nothing, so the variants can take turns.
@@ -14,9 +15,12 @@ import ctypes
 import gc
 import itertools
 import json
+import os
 import sys
 import time
 from dataclasses import replace
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import torch
@@ -34,15 +38,23 @@ def main() -> None:
     variant, shape = Variant(**request["variant"]), Shape(**request["shape"])
     device = torch.device(request["device"])
     answer: dict[str, Any]
+    questions: SimpleQueue[str] = SimpleQueue()
+    Thread(target=listen, args=(questions,), daemon=True).start()
     try:
         racer = Racer(variant, shape, device)
         answer = racer.ready
     except Exception as error:
         answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     print(json.dumps(answer), file=answers, flush=True)
-    for line in sys.stdin:
+    while line := questions.get():
         answer = profile_step(racer.step_once, device) if line == "profile\n" else racer.run(float(line.split()[1]))
         print(json.dumps(answer), file=answers, flush=True)
+
+
+def listen(questions: SimpleQueue[str]) -> None:
+    for line in sys.stdin:
+        questions.put(line)
+    os._exit(0)
 
 
 class Racer:
