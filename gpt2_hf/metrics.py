@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -63,7 +63,7 @@ class Throughput:
 
 
 class RunLog:
-    """A run's progress bar, its metrics.jsonl and trackers; silent on all ranks but the one that holds the lock.
+    """A run's progress bar, its metrics.jsonl and trackers; silent on all ranks but the first, which is ``enabled``.
 
     Each row is a JSON object with ``step``, ``tokens_seen`` and what was measured then. Opening the log for a run that
     resumes after ``start_step`` drops what a killed run wrote later: those steps are made again.
@@ -75,13 +75,12 @@ class RunLog:
         start_step: int,
         total_steps: int,
         tokens_per_step: int,
-        lock: IO[str] | None,
+        enabled: bool,
         track: Callable[..., None] | None = None,
     ):
         self.tokens_per_step = tokens_per_step
-        self.enabled = lock is not None
+        self.enabled = enabled
         self.track = track
-        self._lock = lock
         # A log file gets a line every 15 seconds, a terminal a live bar.
         self.bar = tqdm(
             total=total_steps,
@@ -130,9 +129,8 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        if self._lock is not None:
+        if self.enabled:
             self._file.close()
-            self._lock.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -64,6 +64,8 @@ ALLOWED = {
     "verify": set(),
     "publish": {"checkpoint", "metrics", "model.hub", "verify"},
     "evaluate": {"data.remote", "data.shards", "data.stream", "data.tokenizer", "documents", "hardware", "model"},
+    "run_folder": {"checkpoint", "cli"},
+    "watch": {"cli", "config", "documents", "model", "run_folder"},
     "train": {
         "checkpoint",
         "cli",
@@ -81,6 +83,8 @@ ALLOWED = {
         "model.loss",
         "optim",
         "report",
+        "run_folder",
+        "watch",
     },
 }
 HEAVY = ("datatrove", "datasets", "lm_eval", "matplotlib", "tiktoken", "pyarrow", "jsonargparse")

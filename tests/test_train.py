@@ -26,7 +26,9 @@ from gpt2_hf.data.shards import ShardError
 from gpt2_hf.data.stream import TokenStream
 from gpt2_hf.metrics import Throughput, read_rows
 from gpt2_hf.model.loss import LossKernels
-from gpt2_hf.train import advice_on_memory, lock_folder, train, train_step
+from gpt2_hf.run_folder import lock_folder
+from gpt2_hf.train import train, train_step
+from gpt2_hf.watch import advice_on_memory
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 251
@@ -442,8 +444,9 @@ def test_out_of_memory_names_the_next_micro_batch(data, tmp_path):
 
 def test_a_run_has_one_writer(data, tmp_path):
     config = tiny(data, tmp_path / "run", train__steps=2)
+    (tmp_path / "run").mkdir()
     lock = lock_folder(tmp_path / "run")
-    with pytest.raises(ConfigError, match="written by another process"):
+    with pytest.raises(ConfigError, match=f"written by process {os.getpid()} on "):
         train(config)
     AcceleratorState._reset_state(reset_partial_state=True)
     lock.close()
