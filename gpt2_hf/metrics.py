@@ -15,6 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .model.configuration_gpt import GPTConfig
+from .program import print_any_character
 
 
 def flops_per_token(n_parameters: int, config: GPTConfig, seq_len: int) -> int:
@@ -81,6 +82,7 @@ class RunLog:
         self.tokens_per_step = tokens_per_step
         self.enabled = enabled
         self.track = track
+        print_any_character()
         # A log file gets a line every 15 seconds, a terminal a live bar.
         self.bar = tqdm(
             total=total_steps,

@@ -14,6 +14,7 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 
@@ -81,12 +82,13 @@ class RunFolder:
 
     def _remove_unused(self) -> None:
         rows = self.path / "metrics.jsonl"
-        if not self._made or (rows.exists() and rows.stat().st_size) or (self.path / "checkpoints").exists():
+        has_measured = (self.path / "checkpoints").exists() or (rows.exists() and rows.stat().st_size)
+        if not self._made or not self._is_here() or has_measured:
             return
         for name in RECORDS:
             (self.path / name).unlink(missing_ok=True)
         for folder in self._made:
-            if not any(folder.iterdir()):
+            with suppress(OSError):  # where others put something, it stays
                 folder.rmdir()
 
     def way_on(self) -> str:
@@ -101,17 +103,17 @@ class RunFolder:
 
     def check(self) -> None:
         """Raise UserError when the folder was taken away: what is written then would be lost, or go elsewhere."""
-        if self._lock is None:
-            return
-        try:
-            is_here = os.path.samestat(self._identity, self.path.stat())
-        except FileNotFoundError:
-            is_here = False
-        if not is_here:
+        if self._lock is not None and not self._is_here():
             raise UserError(
                 f"{self.path} was deleted, renamed or replaced at step {self.step} of its run; if it was renamed, "
                 f"rename it back, and start again: the run goes on from its newest checkpoint"
             )
+
+    def _is_here(self) -> bool:
+        try:
+            return os.path.samestat(self._identity, self.path.stat())
+        except FileNotFoundError:
+            return False
 
     def record(self, config: str, environment: dict[str, Any], start_step: int) -> None:
         """Write down how this start was asked for; print what a resumed run's last start had otherwise.

@@ -21,7 +21,7 @@ import torch
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
@@ -40,10 +40,10 @@ from .metrics import RunLog, Throughput, flops_per_token, peak_memory_gb
 from .model import GPTForCausalLM
 from .model.loss import LossKernels
 from .optim import build_optimizers, lr_at, set_lr, step_optimizers
-from .program import last_words, print_any_character
+from .program import last_words
 from .report import ReportError, plot_curves, summarize
 from .run_folder import RunFolder, agree, flat, mask
-from .watch import Watch, advice_on_disk, advice_on_memory, check_launcher
+from .watch import Watch, advice_on_disk, advice_on_memory, advice_on_peers, check_launcher
 
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -59,13 +59,13 @@ def train(config: RunConfig) -> Path:
         FloatingPointError: when the model has diverged; nothing was saved of it.
     """
     check_launcher()
-    print_any_character()
     state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
     config.grad_accum_steps(state.num_processes)
     with (
         RunFolder(Path(config.train.run_dir), state) as folder,
-        last_words(lambda: f"terminated{folder.way_on()}"),
+        last_words(lambda: ("" if folder.step is None else "\n") + f"terminated{folder.way_on()}"),  # below the bar
         advice_on_disk(folder),
+        advice_on_peers(),
     ):
         return _train(config, state, folder)
 
@@ -344,7 +344,7 @@ def build_model(
     model.to(device).train()
     # The head's gradient covers the tied matrix already: add this batch's rows to it, not another whole matrix. (CUDA
     # would have to count the rows on the host; DDP takes "sparse" for the sum's form.)
-    is_alone = device.type == "cpu" and accelerator.num_processes == 1
+    is_alone = device.type == "cpu" and accelerator.distributed_type == DistributedType.NO
     model.transformer.wte.sparse = is_alone and model.config.tie_word_embeddings
     if config.train.gradient_checkpointing:
         # Older versions of transformers know only the second name.

@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -18,7 +19,7 @@ from .cli import ConfigError
 from .config import RunConfig
 from .documents import DocumentMask
 from .model import GPTForCausalLM
-from .program import UserError
+from .program import PATIENCE, UserError
 from .run_folder import RunFolder
 
 # A model has diverged when it gives the right token this many nats less than who knows nothing and guesses ...
@@ -140,6 +141,18 @@ def advice_on_memory(config: RunConfig, world_size: int) -> Iterator[None]:
             else "micro_batch_size is 1 already: try --train.gradient_checkpointing true, or a shorter data.seq_len"
         )
         raise ConfigError(f"out of memory with micro_batch_size {size}; {advice}") from error
+
+
+@contextmanager
+def advice_on_peers() -> Iterator[None]:
+    """Let the process speak first that met an error, where this one only lost its connection to it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "by peer" not in str(error):
+            raise
+        time.sleep(3 * PATIENCE)  # in which the launcher should end this process too
+        raise UserError("another process of this run ended, and so must this one; its own message says why") from error
 
 
 @contextmanager
