@@ -67,7 +67,7 @@ def test_no_bad_checkpoint_is_made_and_the_next_start_goes_on_from_the_good_one(
     config = tiny(data, tmp_path / "run", train__steps=9, train__log_every=100, checkpoint__save_every=3)
     straight = run(dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(tmp_path / "a"))))
     harmed_step(monkeypatch, 6, harm)
-    with pytest.raises(FloatingPointError, match=r"after step 6 .*step-00000003 is good, and the next start goes on"):
+    with pytest.raises(FloatingPointError, match=r"after step 6\b.*step-00000003 is good, and the next start goes on"):
         train(config)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert folders(tmp_path / "run") == ["step-00000003"]
@@ -79,7 +79,7 @@ def test_no_bad_checkpoint_is_made_and_the_next_start_goes_on_from_the_good_one(
 @pytest.mark.parametrize("save_every", [0, 9])
 def test_the_last_update_is_looked_at_too(data, tmp_path, monkeypatch, harm, save_every):
     harmed_step(monkeypatch, 9, harm)
-    with pytest.raises(FloatingPointError, match=r"after step 9 .*no checkpoint was saved: start again with a lower"):
+    with pytest.raises(FloatingPointError, match=r"after step 9\b.*no checkpoint was saved: start again with a lower"):
         train(tiny(data, tmp_path / "run", train__steps=9, checkpoint__save_every=save_every))
     assert not (tmp_path / "run" / "final").exists() and not (tmp_path / "run" / "checkpoints").exists()
 
@@ -142,9 +142,9 @@ APPLIED = {
     "optim.eps": 1e-3,
     "optim.weight_decay": 0.3,
     "optim.max_grad_norm": 1e-3,
-    "optim.schedule": "trapezoid",
-    "optim.warmup_steps": 2,
-    "optim.decay_ratio": 0.9,
+    "optim.schedule": "cosine",
+    "optim.warmup_steps": 9,
+    "optim.decay_ratio": 0.3,
     "optim.min_lr_ratio": 0.9,
     "train.steps": 5,
     "train.micro_batch_size": 4,
@@ -160,7 +160,7 @@ APPLIED = {
     "eval.sample_prompt": "a",
     "eval.sample_count": 2,
     "eval.sample_tokens": 2,
-    "checkpoint.save_every": 3,
+    "checkpoint.save_every": 0,
     "checkpoint.keep_last": 3,
     "checkpoint.keep_every": 2,
 }
@@ -218,16 +218,16 @@ def begun(tmp_path_factory):
         "optim__name": "muon",
         "optim__warmup_steps": 1,
         "optim__schedule": "trapezoid",
+        "optim__decay_ratio": 0.9,
         "train__global_batch_tokens": 8 * 32,
         "eval__val_every": 2,
         "eval__val_tokens": 64,
-        "eval__hellaswag_every": 4,
         "eval__hellaswag_items": 2,
         "eval__sample_every": 4,
         "eval__sample_count": 1,
         "eval__sample_tokens": 1,
-        "checkpoint__save_every": 1,
-        "checkpoint__keep_last": 2,
+        "checkpoint__save_every": 2,
+        "checkpoint__keep_last": 1,
     }
     run(tiny(shards, root / "run", **base, train__steps=2))
 
@@ -248,6 +248,8 @@ def begun(tmp_path_factory):
             return train_step(accelerator, model, optimizers, batch, *rest)
 
         monkeypatch.setattr(training, "train_step", look)
+        monkeypatch.setattr(training, "plot_curves", lambda _: None)
+        monkeypatch.setattr(training.hardware, "peak_flops", lambda *_: (1e12, "not measured"))
         monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: setattr(self, "compiled", True))
         monkeypatch.setattr(training.LossKernels, "compile", lambda **_: None)
         rows = run(tiny(shards, run_dir, **{**base, "train__steps": 4, **changes}))
@@ -265,8 +267,9 @@ def begun(tmp_path_factory):
 @pytest.mark.parametrize("name", APPLIED)
 def test_a_resumed_run_takes_a_changed_setting(begun, tmp_path, monkeypatch, name):
     """Silently kept, it would make no difference: runs of equal settings are equal bit for bit."""
-    same = begun(tmp_path / "same", monkeypatch)
-    changed = begun(tmp_path / "changed", monkeypatch, **{name.replace(".", "__"): APPLIED[name]})
+    also = {"eval__hellaswag_every": 4} if "hellaswag" in name else {}
+    same = begun(tmp_path / "same", monkeypatch, **also)
+    changed = begun(tmp_path / "changed", monkeypatch, **{**also, name.replace(".", "__"): APPLIED[name]})
     assert {key for key in same if same[key] != changed[key]} & SEEN_IN.get(name, {"weights"}), name
 
 
