@@ -5,7 +5,8 @@
                       manifest.json     name, size and sha256 of every file above
 
 A folder is written beside its place under a temporary name, flushed to the disk, and renamed: whatever happens,
-a folder with its final name is complete. Its manifest tells a file that was damaged later.
+a folder with its final name is complete. Its manifest tells a file that was damaged later. What else someone put into
+a folder (a README.md in ``final``) is not ours to delete: it stays when the folder is replaced.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -49,10 +50,12 @@ _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """Make ``folder`` with the files that ``write(temporary_folder)`` puts there, all of it or nothing.
 
-    An older folder of that name is replaced. An error in ``write`` leaves no trace.
+    An older folder of that name is replaced, but for files in it that are not a model's. An error in ``write`` leaves
+    no trace, nor does an earlier kill.
     """
     temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(_doomed(folder), ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         write(temporary)
@@ -61,11 +64,13 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
             path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             for path in files
         }
-        manifest = temporary / MANIFEST
-        manifest.write_text(json.dumps(entries, indent=1))
-        for path in (*files, manifest, *(p for p in temporary.rglob("*") if p.is_dir()), temporary):
-            _flush(path)
-        if folder.exists():
+        (temporary / MANIFEST).write_text(json.dumps(entries, indent=1))
+        if folder.is_dir() and not folder.is_symlink():
+            _keep_foreign(folder, temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            if not path.is_symlink():
+                _flush(path)
+        if os.path.lexists(folder):
             _delete(folder)
         os.replace(temporary, folder)
         _flush(folder.parent)
@@ -82,7 +87,7 @@ def is_stock(name: str) -> bool:
 def damage(folder: Path) -> str | None:
     """What is wrong with a folder made by ``write_folder``, or None when every file is as it was written."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text())
+        entries = _read_manifest(folder)
     except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     for name, entry in entries.items():
@@ -99,7 +104,7 @@ def damage(folder: Path) -> str | None:
 def same_weights(a: Path, b: Path) -> bool:
     """Whether two folders were written with the same weights, by their manifests; not when one cannot be read."""
     try:
-        first, second = (json.loads((folder / MANIFEST).read_text()) for folder in (a, b))
+        first, second = _read_manifest(a), _read_manifest(b)
     except (OSError, ValueError):
         return False
     names = {name for name in (first | second) if name.endswith(".safetensors")}
@@ -115,7 +120,7 @@ def saved_steps(root: Path) -> dict[int, Path]:
 def newest_whole(root: Path, warn: Callable[[str], None] = print) -> Path | None:
     """The newest undamaged checkpoint under ``root``; damaged ones are named to ``warn`` and passed over."""
     for path in reversed(saved_steps(root).values()):
-        if (problem := damage(path)) is None:
+        if (problem := _problem(path)) is None:
             return path
         warn(f"checkpoint {path} is damaged and not used: {problem}")
     return None
@@ -160,13 +165,23 @@ def find_model(folder: Path, say: Callable[[str], None] = print) -> Path:
 
 
 def prune(root: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but the newest ``keep_last`` checkpoints and those at multiples of ``keep_every`` (0: none)."""
-    steps = list(saved_steps(root).items())
-    for step, path in steps[: max(0, len(steps) - keep_last)]:
-        if not keep_every or step % keep_every:
+    """Delete checkpoints older than the newest ``keep_last`` whole ones, but for multiples of ``keep_every`` (0: none).
+
+    A damaged checkpoint counts for nothing: it must not push out one that a run can go on from.
+    """
+    n_whole = 0
+    for step, path in reversed(saved_steps(root).items()):
+        if n_whole < keep_last:
+            n_whole += _problem(path) is None
+        elif not keep_every or step % keep_every:
             _delete(path)
-    for left_over in (*root.glob(".step-*.deleting"), *root.glob(".step-*.writing")):
-        shutil.rmtree(left_over, ignore_errors=True)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete what a kill left of folders that were being written or deleted."""
+    for folder in (run, run / "checkpoints"):
+        for path in (*folder.glob(".*.writing"), *folder.glob(".*.deleting")):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def trainer_state(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
@@ -203,19 +218,61 @@ def read_state(folder: Path) -> dict[str, Any]:
 def write_trainer_state(folder: Path, optimizer_state: dict[str, Any], state: dict[str, Any]) -> None:
     path = folder / TRAINER_STATE
     path.mkdir()
-    torch.save(optimizer_state, path / "optimizer.pt")
+    with (path / "optimizer.pt").open("wb") as file:  # by its name alone, torch.save would not say that a disk is full
+        torch.save(optimizer_state, file)
     (path / "state.json").write_text(json.dumps(state, indent=1))
 
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
+def _problem(checkpoint: Path) -> str | None:
+    """``damage``, or that what has a checkpoint's name is none of ours."""
+    if checkpoint.is_symlink():
+        return "it is a symbolic link"
+    return damage(checkpoint) if checkpoint.is_dir() else "it is not a folder"
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name -> its size and hash. Raises OSError, or ValueError when it is no list of files in the folder."""
+    entries = json.loads((folder / MANIFEST).read_text())
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError("it lists no files")
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            raise ValueError(f"{name} has no size or no hash")
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise ValueError(f"{name} leads out of the folder")
+    return entries
+
+
+def _keep_foreign(old: Path, new: Path) -> None:
+    """Copy to ``new`` what the folder that it replaces has beside the files that we wrote."""
+    try:
+        ours = {PurePath(name).parts[0] for name in _read_manifest(old)}
+    except (OSError, ValueError):
+        ours = set()
+    for path in old.iterdir():
+        if path.name in ours or path.name in (MANIFEST, TRAINER_STATE) or is_stock(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True, dirs_exist_ok=True)
+        elif not os.path.lexists(new / path.name):
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
+
+
+def _doomed(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.deleting")
+
+
 def _delete(folder: Path) -> None:
+    if folder.is_symlink() or not folder.is_dir():
+        folder.unlink()
+        return
     # Renamed first: a kill in the middle must not leave half a folder under a name that promises a whole one.
-    doomed = folder.with_name(f".{folder.name}.deleting")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(_doomed(folder), ignore_errors=True)
+    os.replace(folder, _doomed(folder))
+    shutil.rmtree(_doomed(folder))
 
 
 def _sha256(path: Path) -> str:

@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from .model.configuration_gpt import GPTConfig
+from .program import print_any_character
 
 
 def flops_per_token(n_parameters: int, config: GPTConfig, seq_len: int) -> int:
@@ -65,7 +66,7 @@ class Throughput:
 
 
 class RunLog:
-    """A run's progress bar, its metrics.jsonl and trackers; silent on all ranks but the one that holds the lock.
+    """A run's progress bar, its metrics.jsonl and trackers; silent on all ranks but the first, which is ``enabled``.
 
     Each row is a JSON object with ``step``, ``tokens_seen`` and what was measured then. Opening the log for a run that
     resumes after ``start_step`` drops what a killed run wrote later: those steps are made again.
@@ -77,13 +78,13 @@ class RunLog:
         start_step: int,
         total_steps: int,
         tokens_per_step: int,
-        lock: IO[str] | None,
+        enabled: bool,
         track: Callable[..., None] | None = None,
     ):
         self.tokens_per_step = tokens_per_step
-        self.enabled = lock is not None
+        self.enabled = enabled
         self.track = track
-        self._lock = lock
+        print_any_character()
         # A log file gets a line every 15 seconds, a terminal a live bar.
         self.bar = tqdm(
             total=total_steps,
@@ -132,9 +133,8 @@ class RunLog:
 
     def close(self) -> None:
         self.bar.close()
-        if self._lock is not None:
+        if self.enabled:
             self._file.close()
-            self._lock.close()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -17,6 +21,9 @@ class UserError(ValueError):
 
 # What a command turns into one line. Anything else is a fault of ours, and its traceback is wanted.
 EXPECTED = (UserError, argparse.ArgumentError, FloatingPointError, ImportError, OSError, ValueError)
+
+# What starts training processes, by the name of the script or module.
+LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 
 # Seconds for the launcher to end this process, where the rank that speaks first has met the same error.
 PATIENCE = 2.0
@@ -34,22 +41,31 @@ def program(main: Callable[[], None]) -> Callable[[], None]:
         # A thread that has done its part of an operator sleeps until the others have, instead of holding its core, as
         # OpenMP's threads do by default: that core may be what they wait for. Read when PyTorch loads.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):  # a character that the console lacks must not end a run
-                stream.reconfigure(errors="backslashreplace")
+        print_any_character()
         try:
             main()
             sys.stdout.flush()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter's last flush complains
             raise SystemExit(1) from None
-        except EXPECTED as error:
-            fail(error)
-        except KeyboardInterrupt as stop:
-            say(str(stop) or "stopped")
-            raise SystemExit(130) from None
+        except (Exception, KeyboardInterrupt) as error:
+            if stop := _interruption(error):
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again, it would litter the interpreter's end
+                if _rank() == "0":
+                    say(str(stop) or "stopped")
+                raise SystemExit(130) from None
+            if isinstance(error, EXPECTED):
+                fail(error)
+            raise
 
     return run
+
+
+def print_any_character() -> None:
+    """Let stdout and stderr write characters that the console lacks, as escapes: they must not end a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def fail(error: BaseException | str) -> NoReturn:
@@ -60,8 +76,91 @@ def fail(error: BaseException | str) -> NoReturn:
 
 def say(line: str) -> None:
     """A line on stderr. A rank other than the first waits, so that what all have met is said once."""
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
+    if (rank := _rank()) != "0":
         time.sleep(PATIENCE)
         line = f"[rank {rank}] {line}"
     print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def last_words(words: Callable[[], str]) -> Iterator[None]:
+    """Print ``words()`` on stderr when SIGTERM ends this process in here, at once, and exit with status 143.
+
+    A thread does it, because a main thread that waits for another rank does not run Python's signal handlers. Nothing
+    is done outside the main thread, or where the caller has a handler of its own.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or _rank() != "0" or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def wait() -> None:
+        while number := os.read(reader, 1):
+            if number[0] == signal.SIGTERM:
+                try:
+                    print(words(), file=sys.stderr, flush=True)
+                finally:
+                    os._exit(128 + signal.SIGTERM)
+        os.close(reader)
+
+    threading.Thread(target=wait, name="last words", daemon=True).start()
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, _heard)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+
+
+def _heard(*_: object) -> None:
+    """SIGTERM's handler: what is to be done, the thread does that reads the pipe."""
+
+
+def _deaf_child() -> None:
+    # A forked child would write what it hears into its parent's pipe.
+    if signal.getsignal(signal.SIGTERM) is _heard:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_deaf_child)
+
+
+def end_with_launcher() -> None:
+    """Have Linux send SIGTERM to this process when ``accelerate launch`` or torchrun, its parent, is gone.
+
+    Otherwise a launcher that was killed would leave training running unseen. Any other parent may go: nohup, tmux.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    launcher = os.getppid()
+    try:
+        command = Path(f"/proc/{launcher}/cmdline").read_text().split("\0")
+    except (OSError, ValueError):
+        return
+    names = {os.path.basename(word) for word in command[1:5]}
+    if "python" not in os.path.basename(command[0]) or not names & LAUNCHERS:
+        return
+    import ctypes
+
+    pr_set_pdeathsig = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != launcher:  # it went in the meantime
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The Ctrl-C that ``error`` is or comes from: pressed during an import it turns into that import's error."""
+    seen = 0
+    while error is not None and not isinstance(error, KeyboardInterrupt) and seen < 20:
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return error if isinstance(error, KeyboardInterrupt) else None

@@ -199,7 +199,7 @@ def summarize(run_dir: str | Path) -> str:
     if (run_dir / "curves.png").exists():
         lines.append(f"curves             {run_dir / 'curves.png'}")
     lines.append("in stock transformers:")
-    lines.append(f"  transformers.pipeline('text-generation', '{run_dir / 'final'}')('ROMEO:', max_new_tokens=40)")
+    lines.append(f"  transformers.pipeline('text-generation', '{run_dir / 'final'}')('Once', max_new_tokens=40)")
     return "\n".join(lines)
 
 

@@ -6,26 +6,23 @@ weights and the optimizer's state are in the checkpoint. So starting a run again
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from itertools import repeat
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import accelerate
 import numpy as np
 import torch
 import transformers
-import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
@@ -46,7 +43,10 @@ from .model.loss import LossKernels
 from .model.versions import check_first_step
 from .optim import build_optimizers, lr_at, set_lr, step_optimizers
 from .preflight import check_environment, check_run
+from .program import last_words
 from .report import ReportError, plot_curves, summarize
+from .run_folder import RunFolder, agree, flat, mask
+from .watch import Watch, advice_on_disk, advice_on_memory, advice_on_peers, check_launcher
 
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -58,15 +58,28 @@ def train(config: RunConfig) -> Path:
     Raises:
         ConfigError, ShardError: before anything is allocated, when the settings or the data cannot work; ConfigError
             also when memory runs out, naming the micro-batch to try.
-        FloatingPointError: when the loss is no longer a number.
+        UserError: when the disk is full, or the run's folder was taken away.
+        FloatingPointError: when the model has diverged; nothing was saved of it.
     """
     check_environment()
-    run_dir, total_steps = Path(config.train.run_dir), config.train.steps
+    check_launcher()
     state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
     check_run(config, state)
+    with (
+        RunFolder(Path(config.train.run_dir), state) as folder,
+        last_words(lambda: ("" if folder.step is None else "\n") + f"terminated{folder.way_on()}"),  # below the bar
+        advice_on_disk(folder),
+        advice_on_peers(),
+    ):
+        return _train(config, state, folder)
+
+
+def _train(config: RunConfig, state: PartialState, folder: RunFolder) -> Path:
+    run_dir, total_steps = folder.path, config.train.steps
     train_data, val_data = open_data(config)
     resume_from, start_step = find_start(config, train_data, state)
     if is_finished(run_dir, resume_from, start_step >= total_steps):
+        folder.is_finished = True
         state.print(
             f"{run_dir} is finished, its model is in {run_dir / 'final'}. To start over, delete {run_dir} or choose "
             f"another --train.run_dir; to train longer, raise --train.steps (from a checkpoint, if one was kept)."
@@ -83,28 +96,34 @@ def train(config: RunConfig) -> Path:
     model, *_ = accelerator.prepare(bare_model, *bare_optimizers)
     if resume_from:
         saved = checkpoint.load_trainer_state(resume_from, bare_model, bare_optimizers)
-        if accelerator.scaler is not None:
+        if accelerator.scaler is not None and saved["scaler"]:  # the last start may have had another precision
             accelerator.scaler.load_state_dict(saved["scaler"])
+    intervals = (config.eval.val_every, config.eval.hellaswag_every, config.eval.sample_every)
     measure = build_measures(config, accelerator, bare_model, tokenizer, val_data, precision)
     documents = build_document_mask(config, train_data, bare_model, precision)
     throughput = build_throughput(config, accelerator, bare_model, precision)
-    log = open_log(config, accelerator, start_step, train_data, precision)
+    log = open_log(config, accelerator, folder, start_step, train_data, precision)
     check_first_step(bare_model)
+    watch = Watch(accelerator, bare_model, folder)
+    folder.step, folder.newest = start_step, resume_from
 
     def save(step: int) -> None:
         optimizer_state = checkpoint.trainer_state(bare_model, bare_optimizers)
         weights = accelerator.get_state_dict(model)
 
-        def write(folder: Path) -> None:
-            write_model(folder, bare_model, weights, tokenizer)
+        def write(path: Path) -> None:
+            write_model(path, bare_model, weights, tokenizer)
             scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
             progress = {"step": step, "scaler": scaler}
-            checkpoint.write_trainer_state(folder, optimizer_state, identity(config, train_data) | progress)
+            checkpoint.write_trainer_state(path, optimizer_state, identity(config, train_data) | progress)
 
+        place = run_dir / "checkpoints" / f"step-{step:08d}"
         if state.is_main_process:
-            checkpoint.write_folder(run_dir / "checkpoints" / f"step-{step:08d}", write)
-            checkpoint.prune(run_dir / "checkpoints", config.checkpoint.keep_last, config.checkpoint.keep_every)
+            checkpoint.write_folder(place, write)
+            folder.newest = place
+            checkpoint.prune(place.parent, config.checkpoint.keep_last, config.checkpoint.keep_every)
         state.wait_for_everyone()
+        folder.newest = place
 
     with (
         closing(log),
@@ -113,10 +132,14 @@ def train(config: RunConfig) -> Path:
     ):
         if start_step == 0:
             log.write(0, measure(0))
+        if start_step < total_steps and bare_model.transformer.h[0]._compiled_call_impl is not None:
+            log.say("compiling in the first step, which may take half a minute")
         for step, batch in enumerate(batches, start_step + 1):
             lr_share = lr_at(step - 1, total_steps, config.optim)
             set_lr(bare_optimizers, lr_share)
             loss, grad_norm = train_step(accelerator, model, bare_optimizers, batch, step - 1, config, documents)
+            watch.note(loss)
+            folder.step = step
             log.bar.update()
             saving = is_due(config.checkpoint.save_every, step, total_steps)
             row: dict[str, Any] = {}
@@ -124,19 +147,28 @@ def train(config: RunConfig) -> Path:
                 row = {"train_loss": float(accelerator.reduce(loss, "mean")), "lr": lr_share * config.optim.lr}
                 row |= {"grad_norm": float(grad_norm), "peak_memory": round(peak_memory_gb(state.device), 3)}
                 row |= throughput.measure(step)
-                stop_if_not_finite(row, step, may_overflow=accelerator.scaler is not None)
+                watch.look(step, row["train_loss"], row["grad_norm"])
+            measuring = any(is_due(every, step, total_steps) for every in intervals)
+            if saving or measuring or step == total_steps:
+                watch.try_weights(step, bare_optimizers, batch, documents)
             measured = measure(step)
+            folder.check()
             log.write(step, row | measured)
             if saving:
                 save(step)
-            if measured or saving or step == start_step + 1:
+            if measuring or saving or step == start_step + 1:
                 if state.device.type == "cuda":
                     torch.cuda.synchronize()
                 throughput.restart(step)  # what took time here was not training, or was compilation
 
-    weights = accelerator.get_state_dict(model)
+        if start_step == total_steps:
+            watch.try_weights(start_step, bare_optimizers, None)
+        weights = accelerator.get_state_dict(model)
+        folder.check()
+        if state.is_main_process:
+            checkpoint.write_folder(run_dir / "final", lambda path: write_model(path, bare_model, weights, tokenizer))
+            folder.is_finished = True
     if state.is_main_process:
-        checkpoint.write_folder(run_dir / "final", lambda path: write_model(path, bare_model, weights, tokenizer))
         try:
             plot_curves(run_dir)
         except (ImportError, ReportError) as error:
@@ -236,18 +268,14 @@ def find_start(config: RunConfig, data: ShardSet, state: PartialState) -> tuple[
                     f"{config.train.run_dir} holds a run with another {name} ({saved[name]}, now {now}); choose "
                     f"another --train.run_dir, delete that folder, or set {name} back"
                 )
+        if saved["step"] > config.train.steps:
+            raise ConfigError(
+                f"train.steps is {config.train.steps}, and {found} is {saved['step']} steps along already: raise "
+                f"train.steps, or choose another --train.run_dir"
+            )
         return found, saved["step"]
 
-    answer: list[Any] = [None]
-    if state.is_main_process:
-        try:
-            answer = [look()]
-        except ConfigError as error:
-            answer = [error]
-    broadcast_object_list(answer)
-    if isinstance(answer[0], ConfigError):
-        raise answer[0]
-    return answer[0]
+    return agree(state, look)
 
 
 def is_finished(run_dir: Path, newest: Path | None, has_all_steps: bool) -> bool:
@@ -283,13 +311,10 @@ def build_accelerator(config: RunConfig, precision: str) -> Accelerator:
         gradient_accumulation_steps=1,  # train_step scales the loss itself
         log_with=config.train.trackers or None,
         project_dir=config.train.run_dir,
+        dynamo_backend="no",  # build_model compiles block by block; around the whole model it would rename the weights
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
-    if accelerator.gradient_accumulation_steps != 1:
-        raise ConfigError(
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set in the environment; unset it: accumulation follows from "
-            "train.global_batch_tokens"
-        )
+    assert accelerator.gradient_accumulation_steps == 1
     return accelerator
 
 
@@ -311,11 +336,13 @@ def build_model(
     except ValueError as error:
         raise ConfigError(f"model.attn_implementation: {error}") from None
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    if resume_from:
-        model = GPTForCausalLM.from_pretrained(resume_from, dtype=dtype, attn_implementation=attention)
+    gpt_config = config.model.gpt_config()
+    if resume_from:  # with the present configuration: dropout may have changed since
+        model = GPTForCausalLM.from_pretrained(
+            resume_from, config=gpt_config, dtype=dtype, attn_implementation=attention
+        )
     else:
         torch.manual_seed(config.train.seed)
-        gpt_config = config.model.gpt_config()
         gpt_config._attn_implementation = attention
         model = GPTForCausalLM(gpt_config)
         if precision == "fp64":
@@ -323,7 +350,7 @@ def build_model(
     model.to(device).train()
     # The head's gradient covers the tied matrix already: add this batch's rows to it, not another whole matrix. (CUDA
     # would have to count the rows on the host; DDP takes "sparse" for the sum's form.)
-    is_alone = device.type == "cpu" and accelerator.num_processes == 1
+    is_alone = device.type == "cpu" and accelerator.distributed_type == DistributedType.NO
     model.transformer.wte.sparse = is_alone and model.config.tie_word_embeddings
     if config.train.gradient_checkpointing:
         # Older versions of transformers know only the second name.
@@ -453,19 +480,21 @@ def load_steps(config: RunConfig, data: ShardSet, start_step: int, state: Partia
     return nullcontext(repeat(next(loader), config.train.steps - start_step)) if overfit else loader
 
 
-def open_log(config: RunConfig, accelerator: Accelerator, start_step: int, data: ShardSet, precision: str) -> RunLog:
-    """Write what the run is (config.yaml, environment.json), start the trackers, and open metrics.jsonl."""
-    run_dir = Path(config.train.run_dir)
-    if accelerator.is_main_process:
-        lock = lock_folder(run_dir)
-        if start_step and (run_dir / "config.yaml").exists():
-            for name, old, new in changes((run_dir / "config.yaml").read_text(), config.to_yaml()):
-                print(f"changed since the last start: {name} was {old}, now {new}")
-        (run_dir / "config.yaml").write_text(config.to_yaml())
-        (run_dir / "environment.json").write_text(json.dumps(environment(accelerator, data, precision), indent=1))
+def open_log(
+    config: RunConfig,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    start_step: int,
+    data: ShardSet,
+    precision: str,
+) -> RunLog:
+    """Write down what the run is, start the trackers, and open metrics.jsonl."""
+    run_dir = folder.path
+    folder.record(config.to_yaml(), environment(accelerator, data, precision), start_step)
     accelerator.wait_for_everyone()
     if config.train.trackers:
-        accelerator.init_trackers("gpt2_hf", config={key: str(value) for key, value in flat(config.to_yaml()).items()})
+        settings = flat(mask(config.to_yaml()))
+        accelerator.init_trackers("gpt2_hf", config={key: str(value) for key, value in settings.items()})
     steps, batch = config.train.steps, config.train.global_batch_tokens
     if start_step:
         accelerator.print(f"resuming from {run_dir / 'checkpoints' / f'step-{start_step:08d}'}")
@@ -475,37 +504,7 @@ def open_log(config: RunConfig, accelerator: Accelerator, start_step: int, data:
         f"{config.grad_accum_steps(accelerator.num_processes)} accumulated; {steps * batch / data.n_tokens:.2f} epochs"
     )
     track = accelerator.log if config.train.trackers else None
-    return RunLog(run_dir, start_step, steps, batch, lock if accelerator.is_main_process else None, track)
-
-
-def lock_folder(run_dir: Path) -> IO[str]:
-    """Make the folder this process's own until the returned file is closed, or the process ends in whatever way."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lock = (run_dir / ".lock").open("w")
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return lock
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise ConfigError(
-            f"{run_dir} is being written by another process, perhaps one whose launcher was stopped; end that one, or "
-            f"choose another --train.run_dir"
-        ) from None
-    return lock
-
-
-def flat(text: str) -> dict[str, Any]:
-    """A recipe's text as dotted names and values."""
-    sections = yaml.safe_load(text)
-    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-
-
-def changes(old_text: str, new_text: str) -> list[tuple[str, Any, Any]]:
-    old, new = flat(old_text), flat(new_text)
-    return [(name, old.get(name), value) for name, value in new.items() if old.get(name) != value]
+    return RunLog(run_dir, start_step, steps, batch, accelerator.is_main_process, track)
 
 
 def environment(accelerator: Accelerator, data: ShardSet, precision: str) -> dict[str, Any]:
@@ -542,32 +541,3 @@ def seed_dropout(seed: int, step: int, first_sample: int) -> None:
     """Make dropout a function of the place in the run, so that no generator's state needs saving."""
     bits = np.random.SeedSequence([seed, step, first_sample]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(bits >> np.uint64(1)))
-
-
-def stop_if_not_finite(row: dict[str, float], step: int, may_overflow: bool) -> None:
-    """Before a checkpoint is made of it. Under a gradient scaler an infinite norm is a step that was skipped."""
-    for name in ("train_loss", *(() if may_overflow else ("grad_norm",))):
-        if not math.isfinite(row[name]):
-            raise FloatingPointError(
-                f"{name} is {row[name]} at step {step}; the checkpoints so far are good: start again with a lower "
-                f"--optim.lr and --optim.muon_lr, or look at the data near this step"
-            )
-
-
-@contextmanager
-def advice_on_memory(config: RunConfig, world_size: int) -> Iterator[None]:
-    """Turn out-of-memory errors into the micro-batch to try next, for the same global batch and curve."""
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises the plain kind
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        size = config.train.micro_batch_size
-        samples = config.train.global_batch_tokens // config.data.seq_len // world_size
-        smaller = max((b for b in range(1, size) if samples % b == 0), default=None)
-        advice = (
-            f"try --train.micro_batch_size {smaller}: the global batch and the curve stay the same"
-            if smaller
-            else "micro_batch_size is 1 already: try --train.gradient_checkpointing true, or a shorter data.seq_len"
-        )
-        raise ConfigError(f"out of memory with micro_batch_size {size}; {advice}") from error

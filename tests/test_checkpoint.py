@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, checked, rotated."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -41,6 +42,10 @@ def test_an_error_while_writing_leaves_the_old_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000010"]
 
 
+def manifest_of(text: str):
+    return lambda folder: (folder / "manifest.json").write_bytes(text.encode("latin-1"))
+
+
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
@@ -49,6 +54,16 @@ def test_an_error_while_writing_leaves_the_old_one(tmp_path):
         (lambda f: (f / "a.bin").write_bytes(b"abd"), "a.bin has changed"),
         (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
         (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
+        *((manifest_of(text), "manifest.json cannot be read") for text in ("[]", "null", "{}", "3", '"a.bin"', "\xff")),
+        *(
+            (manifest_of(f'{{"a.bin": {entry}}}'), "a.bin has no size")
+            for entry in ("null", "[]", '{"bytes": 3}', "{}")
+        ),
+        (manifest_of('{"../step-00000010/a.bin": {"bytes": 3, "sha256": "x"}}'), "leads out of the folder"),
+        (manifest_of('{"/etc/passwd": {"bytes": 3, "sha256": "x"}}'), "leads out of the folder"),
+        (lambda f: (shutil.rmtree(f), f.write_text("file")), "it is not a folder"),
+        (lambda f: (shutil.rmtree(f), f.symlink_to("nowhere")), "it is a symbolic link"),
+        (lambda f: (shutil.rmtree(f), f.symlink_to("step-00000010")), "it is a symbolic link"),
     ],
 )
 def test_newest_whole_passes_over_damage_and_says_so(tmp_path, harm, words):
@@ -61,6 +76,12 @@ def test_newest_whole_passes_over_damage_and_says_so(tmp_path, harm, words):
     assert checkpoint.newest_whole(tmp_path, said.append).name == "step-00000010"
     assert len(said) == 1 and words in said[0]
     assert checkpoint.newest_whole(tmp_path / "nothing") is None
+
+    checkpoint.prune(tmp_path, keep_last=1, keep_every=0)
+    assert (tmp_path / "step-00000010").is_dir()  # the damaged one does not push it out
+    checkpoint.write_folder(tmp_path / "step-00000020", write)  # the run comes there again
+    checkpoint.prune(tmp_path, keep_last=1, keep_every=0)
+    assert list(checkpoint.saved_steps(tmp_path)) == [20] and checkpoint.newest_whole(tmp_path, said.append)
 
 
 def model_folder(path, weights, **files):
@@ -120,11 +141,54 @@ def test_folders_without_weights_or_manifest_are_not_the_same(tmp_path):
 
 def test_prune_keeps_the_last_and_every_nth(tmp_path):
     for step in range(10, 110, 10):
-        (tmp_path / f"step-{step:08d}").mkdir()
-    (tmp_path / ".step-00000005.deleting").mkdir()
+        checkpoint.write_folder(tmp_path / f"step-{step:08d}", write)
     checkpoint.prune(tmp_path, keep_last=2, keep_every=40)
     assert list(checkpoint.saved_steps(tmp_path)) == [40, 80, 90, 100]
-    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_damaged_checkpoints_count_for_nothing(tmp_path):
+    for step in (10, 20, 1000, 2000):
+        checkpoint.write_folder(tmp_path / f"step-{step:08d}", write)
+    for step in (1000, 2000):  # of the same size, as a disk rots
+        (tmp_path / f"step-{step:08d}" / "a.bin").write_bytes(b"abd")
+    checkpoint.write_folder(tmp_path / "step-00000030", write)
+    checkpoint.prune(tmp_path, keep_last=2, keep_every=0)
+    assert list(checkpoint.saved_steps(tmp_path)) == [20, 30, 1000, 2000]
+    assert checkpoint.newest_whole(tmp_path).name == "step-00000030"
+
+
+def test_leftovers_of_a_kill_are_removed(tmp_path):
+    run = tmp_path / "run"
+    checkpoint.write_folder(run / "checkpoints" / "step-00000010", write)
+    for name in (".final.writing", ".final.deleting"):
+        (run / name / "sub").mkdir(parents=True)
+    for name in (".step-00000020.writing", ".step-00000005.deleting"):
+        (run / "checkpoints" / name / "sub").mkdir(parents=True)
+    checkpoint.remove_leftovers(run)
+    assert {path.name for path in run.rglob("*")} == {
+        "checkpoints",
+        "step-00000010",
+        "manifest.json",
+        "a.bin",
+        "sub",
+        "b.txt",
+    }
+
+
+def test_what_others_put_into_a_folder_stays(tmp_path):
+    final = tmp_path / "final"
+    model_folder(final, "old", **{"tokenizer.json": "{}"})
+    (final / "README.md").write_text("mine")
+    (final / "runs" / "deep").mkdir(parents=True)
+    (final / "runs" / "deep" / "notes").write_text("mine too")
+    (final / "link").symlink_to("nowhere")
+    (final / "model-00001-of-00002.safetensors").write_text("weights of another time")
+    for weights in ("new", "newer"):
+        model_folder(final, weights)
+        assert checkpoint.damage(final) is None
+        assert (final / "README.md").read_text() == "mine" and (final / "runs/deep/notes").read_text() == "mine too"
+        names = {"README.md", "runs", "link", "model.safetensors", "config.json", "manifest.json"}
+        assert {path.name for path in final.iterdir()} == names
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -78,6 +78,8 @@ ALLOWED = {
         "model",
     },
     "preflight": {"config", "data.tokenizer"},
+    "run_folder": {"checkpoint", "cli"},
+    "watch": {"cli", "config", "documents", "model", "run_folder"},
     "train": {
         "checkpoint",
         "cli",
@@ -97,6 +99,8 @@ ALLOWED = {
         "optim",
         "preflight",
         "report",
+        "run_folder",
+        "watch",
     },
 }
 HEAVY = ("datatrove", "datasets", "lm_eval", "matplotlib", "tiktoken", "pyarrow", "jsonargparse")

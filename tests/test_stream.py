@@ -349,12 +349,6 @@ def test_restart_is_the_tail_of_a_straight_run(shards):
         assert torch.equal(torch.stack(resumed), torch.stack(straight[start:]))
 
 
-def test_data_offset_shifts_every_step(shards):
-    stream = TokenStream(shards, T, seed=0)
-    (batch,) = steps_of(stream, start=3, stop=4, data_offset=5)
-    assert (batch.view(16, T + 1).numpy() == stream.batch(3 * 16 + 5, 16)).all()
-
-
 def test_sizes_that_do_not_divide_are_refused(shards):
     stream = TokenStream(shards, T, seed=0)
     with pytest.raises(ValueError, match=r"global_batch_size 16 .* micro_batch_size 3 x world_size 2 = 6"):

@@ -221,8 +221,7 @@ class StepLoader(Iterator[torch.Tensor]):
     """The batches of one rank for the steps start_step ... stop_step - 1, read ahead by a thread.
 
     Each item is one step: (grad_accum_steps, B, T + 1) int64, where B is micro_batch_size: the rank's contiguous slice
-    of the step's samples. Batch sizes and data_offset are in samples; data_offset shifts every step (it grows when a
-    run steps back over a loss spike and goes on with other data). pin_memory needs CUDA and pins for fast copies.
+    of the step's samples. Batch sizes are in samples. pin_memory needs CUDA and pins for fast copies.
 
     An error in the thread is raised by the next step asked for. Use it as a context manager, or call close():
 
@@ -240,7 +239,6 @@ class StepLoader(Iterator[torch.Tensor]):
         micro_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        data_offset: int = 0,
         pin_memory: bool = False,
         prefetch: int = 4,
     ):
@@ -258,7 +256,7 @@ class StepLoader(Iterator[torch.Tensor]):
         device = torch.cuda.current_device() if pin_memory else None
 
         def read(step: int) -> torch.Tensor:
-            first = data_offset + step * global_batch_size + rank * rank_batch_size
+            first = step * global_batch_size + rank * rank_batch_size
             batch = torch.from_numpy(stream.batch(first, rank_batch_size).astype(np.int64))
             batch = batch.view(-1, micro_batch_size, stream.seq_len + 1)
             if device is None:
