@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt2_hf.data import json_text
 from gpt2_hf.data import read as reading
 from gpt2_hf.data import write as writing
 from gpt2_hf.data.prepare import PrepareConfig, prepare
@@ -225,7 +226,8 @@ def test_bad_lines_are_counted_and_named(tmp_path: Path, monkeypatch, capsys):
         assert manifest["dropped"] == {"empty": 1, "broken": 4, "no_text": 2, "surrogate": 2}
         assert documents(out, "train") == expected(TEXTS[:40])
         named = [f"{path}:{number}: {reason}" for number, (_, reason) in bad.items()]
-        assert (out / "logs" / "dropped.txt").read_text().splitlines() == named
+        found = (out / "logs" / "dropped.txt").read_text().splitlines()
+        assert len(found) == len(named) and all(map(str.startswith, found, named))
         assert named[0] in capsys.readouterr().out
 
 
@@ -305,7 +307,7 @@ def test_an_error_of_the_disk_is_never_skipped(tmp_path: Path):
 
 
 def test_a_line_too_long_to_read_is_one_document_lost(tmp_path: Path, monkeypatch, wanted):
-    monkeypatch.setattr(reading, "LINE_BYTES", 5000)
+    monkeypatch.setattr(json_text, "LINE_BYTES", 5000)
     lines = [json.dumps({"text": text}) for text in TEXTS[:30]]
     lines[10:10] = [json.dumps({"text": "x" * 20_000}), json.dumps({"text": "y" * 4990})]
     (tmp_path / "docs.jsonl").write_text("\n".join(lines))
