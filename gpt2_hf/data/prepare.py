@@ -372,11 +372,12 @@ def _run(stages: list[Stage], config: PrepareConfig) -> None:
         show = _count_documents(out / WORK) if stage.name == "tokens" else None
         completions = out / "logs" / stage.name / "completions"
         lost = _lost_workers(out / WORK / "running") if config.executor == "local" else None
+        noticed = threading.Event()
         try:
-            with _progress(completions, stage, show, lost), _children_die_with_us(), _stderr_to(log):
+            with _progress(completions, stage, show, lost, noticed), _children_die_with_us(), _stderr_to(log):
                 executor.run()
-        except KeyboardInterrupt:
-            if lost is None or not lost():
+        except (KeyboardInterrupt, ConnectionError, EOFError) as error:  # the last two from a manager that was killed
+            if lost is None or (isinstance(error, KeyboardInterrupt) and not noticed.is_set()):
                 raise
             raise OSError(
                 f"{stage.name}: a worker was killed, probably because memory ran out: use fewer --workers; the same "
@@ -491,9 +492,11 @@ def _progress(
     stage: Stage,
     count: Callable[[], np.ndarray] | None,
     lost: Callable[[], bool] | None,
+    noticed: threading.Event,
     seconds: float = 5.0,
 ) -> Iterator[None]:
-    """Print a line of progress now and then, from what the workers have written so far; stop when one is lost."""
+    """Print a line of progress now and then, from what the workers have written so far; when one is lost, set
+    `noticed` and stop."""
     began, stop = time.monotonic(), threading.Event()
     tasks_before = sum(1 for _ in completions.glob("*"))
     before = np.zeros(2) if count is None else count()
@@ -516,7 +519,11 @@ def _progress(
     def repeat() -> None:
         while not stop.wait(seconds):
             show()
-            if lost and lost():  # said again while it lasts: what cleans up may wait for the lost worker, too
+            done = sum(1 for _ in completions.glob("*")) >= stage.tasks  # then those who helped may go
+            if (
+                not done and lost and lost()
+            ):  # said again while it lasts: what cleans up may wait for the lost worker, too
+                noticed.set()
                 _interrupt_main_thread()
 
     thread = threading.Thread(target=repeat, daemon=True)
