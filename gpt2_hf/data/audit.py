@@ -89,13 +89,18 @@ def sentence(report: dict[str, Any]) -> str:
     return f"{report['file']}:{report['line']}: {reason}" + (" (kept)" if report["kept"] else "")
 
 
-def write_reports(out: Path, tally: Tally, source: dict[str, Any], splits: dict[str, Any]) -> None:
-    """Write the three files below `out`, and say on the terminal what was dropped."""
+def write_reports(
+    out: Path, tally: Tally, source: dict[str, Any], splits: dict[str, Any], unread: dict[str, int]
+) -> None:
+    """Write the three files below `out`, and say on the terminal what was dropped. `unread`: files by their ending.
+
+    File names that are no UTF-8 are escaped.
+    """
     add_line_numbers(tally.reports)
     listing = out / "logs" / "dropped.txt"
     listing.unlink(missing_ok=True)
     if tally.reports:
-        listing.write_text("".join(sentence(report) + "\n" for report in tally.reports), encoding="utf-8")
+        listing.write_text("".join(sentence(report) + "\n" for report in tally.reports), "utf-8", "backslashreplace")
 
     def section(kind: str) -> dict[str, Any]:
         found = {}
@@ -112,10 +117,11 @@ def write_reports(out: Path, tally: Tally, source: dict[str, Any], splits: dict[
         "written": written,
         "dropped": section("dropped"),
         "reported": section("reported"),
+        "files_not_read": unread,
     }
     text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-    (out / "report.json").write_text(text, encoding="utf-8")
-    (out / "report.md").write_text(_as_markdown(report), encoding="utf-8")
+    (out / "report.json").write_text(text, "utf-8", "backslashreplace")
+    (out / "report.md").write_text(_as_markdown(report), "utf-8", "backslashreplace")
     if (dropped := tally.counts["dropped"]).total():
         counts = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common() if count)
         shown = [sentence(report) for report in tally.reports if not report["kept"]][:EXAMPLES]
@@ -136,6 +142,11 @@ def _as_markdown(report: dict[str, Any]) -> str:
         for reason, found in report[kind].items():
             size = f"{found['bytes'] / 1e6:,.1f}" if found["bytes"] else ""
             lines += [f"| {kind}: {reason} | {found['documents']:,} | {size} | |"]
+    if unread := report["files_not_read"]:
+        lines += [
+            "",
+            "Files that were not read, by their ending: " + ", ".join(f"{e} {n:,}" for e, n in unread.items()),
+        ]
     for kind, title in (("dropped", "Dropped"), ("reported", "Reported, but kept")):
         for found in report[kind].values():
             lines += ["", f"## {title}: {found['meaning']} ({found['documents']:,})", ""]

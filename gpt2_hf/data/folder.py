@@ -9,6 +9,8 @@ import numpy as np
 
 from ..program import UserError
 
+MOST_FILES = 100_000  # without a manifest; a folder of so many files is hardly one of shards
+
 
 class ShardError(UserError):
     """The data folder is missing, incomplete or damaged."""
@@ -54,6 +56,7 @@ class LocalFolder:
 
     def sizes(self) -> dict[str, int]:
         found: dict[str, int] = {}
+        bounded = not (self.root / "manifest.json").exists()
         todo: list[tuple[str, frozenset]] = [("", frozenset())]  # a folder, and those above it: a link may lead back
         while todo:
             prefix, above = todo.pop()
@@ -61,6 +64,10 @@ class LocalFolder:
                 status = os.stat(self.root / prefix)
                 entries = os.scandir(self.root / prefix)
             except (FileNotFoundError, NotADirectoryError):
+                continue
+            except PermissionError:
+                if not prefix:
+                    raise
                 continue
             identity = (status.st_dev, status.st_ino)
             with entries:
@@ -71,6 +78,8 @@ class LocalFolder:
                         found[prefix + entry.name] = entry.stat().st_size
                     elif entry.is_dir():
                         todo.append((f"{prefix}{entry.name}/", above | {identity}))
+            if bounded and len(found) + len(todo) > MOST_FILES:
+                raise ShardError(f"{self.root} holds more than {MOST_FILES:,} files: name the folder of shards itself")
         return dict(sorted(found.items()))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:

@@ -9,6 +9,7 @@ Nobody but datatrove says where documents begin: that is found from <|endoftext|
 before each document, nanoGPT and datatrove after it. Opening reads a few kilobytes of each file.
 """
 
+import codecs
 import hashlib
 import io
 import re
@@ -31,6 +32,7 @@ LLAMA3_MAGIC = 20240801
 INDEX_BYTES = 8
 LOOK_BYTES = 4096  # read at the begin, the middle and the end of each file when it is opened
 SCAN_TOKENS = 2**22
+ZEROS = 256  # token 0 is "!", but a row of that many is written with "!!!!" and the like
 # Both are part of the order of training: a longer file counts as several shards, each cut where the first document
 # begins past an even share, if one begins so soon.
 PART_TOKENS = 100_000_000
@@ -134,6 +136,8 @@ def examine(folder: Folder, sizes: dict[str, int], name: str) -> TokenFile | Non
                 f"{path} holds token {largest}, outside GPT-2's vocabulary of {VOCAB_SIZE}: it is damaged, or made "
                 "with another tokenizer, or no file of tokens"
             )
+    if max(map(longest_zeros, windows)) >= ZEROS:
+        raise holes(path, max(map(longest_zeros, windows)))
     if kind == "datatrove" and windows[-1][-1] != EOT:
         raise ShardError(
             f"{path}: its documents do not end with <|endoftext|>: tokenize them again with that as eos_token"
@@ -142,6 +146,19 @@ def examine(folder: Folder, sizes: dict[str, int], name: str) -> TokenFile | Non
     return TokenFile(
         folder, name, kind, dtype, offset, n_tokens, n_documents, int(windows[0][0]), int(windows[-1][-1]), digest
     )
+
+
+def longest_zeros(tokens: np.ndarray) -> int:
+    """The length of the longest run of token 0."""
+    if not (tokens == 0).any():
+        return 0
+    others = np.flatnonzero(np.concatenate(([True], tokens != 0, [True])))
+    return int(np.diff(others).max()) - 1
+
+
+def holes(path: str, zeros: int) -> ShardError:
+    """The error for a file in which copying left a hole."""
+    return ShardError(f"{path} holds {zeros:,} or more zeros in a row: it was not copied whole, copy it again")
 
 
 def _llmc_tokens(path: str, head: bytes) -> int:
@@ -198,13 +215,24 @@ def _refuse_unless_raw(path: str, size: int, head: bytes) -> None:
     """Raw tokens carry no mark, so this knows what else such a file could be."""
     if size % 2:
         raise ShardError(f"{path} has {size:,} bytes, uint16 tokens an even number: it is cut short, copy it again")
-    if head and not head.translate(None, bytes(range(32, 127)) + b"\t\n\r"):
+    if head and _is_text(head):
         raise ShardError(f"{path} is text, not tokens: make tokens of it with python scripts/prepare_data.py {path}")
     if len(head) > 8 and not any(head[2::4]) and not any(head[3::4]):
         raise ShardError(
             f"{path} has zeros in every second place: raw tokens are uint16, not 4 bytes each, and a file with holes "
             "was not copied whole"
         )
+
+
+def _is_text(head: bytes) -> bool:
+    plain = bytes(range(32, 127)) + b"\t\n\r\f"
+    if not head.translate(None, plain):
+        return True
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return len(head) >= 16 and all(character.isprintable() or character.isspace() for character in text)
 
 
 def split_of(name: str) -> str:

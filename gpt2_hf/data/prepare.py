@@ -11,6 +11,7 @@ that it had not finished.
 """
 
 import _thread
+import codecs
 import contextlib
 import ctypes
 import errno
@@ -32,9 +33,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from ..knobs import ConfigError, Filled, PathName, Range
+from ..program import UserError
 from .audit import ERRORS
 from .clean import MarkContaminated, MarkNearDuplicates, Stage, describe_evaluations, minhash_stages
 from .export import export_llmc
+from .inputs import BY_DATASETS, listing, unread_files
 from .read import TASK_BYTES, Piece, ReadDocuments, Source, describe, find_files, plan
 from .shards import FORMAT, VERSION
 from .write import RECORD, Split, WriteShards, WriteTokens, write_json
@@ -51,12 +54,14 @@ class PrepareConfig(Source):
     """What to turn into token shards, and how.
 
     Args:
-        inputs: .txt, .jsonl, .ndjson (also .gz, .zst) or .parquet files, folders or globs; "shakespeare" is built in.
+        inputs: .txt, .json, .jsonl, .ndjson (also .gz, .zst, .bz2, .xz) or .parquet files, folders or globs;
+            "shakespeare" is built in.
         dataset: instead of inputs, a dataset on the Hub (streamed) or a folder that save_to_disk wrote.
         name: configuration of the Hub dataset, such as sample-10BT.
         revision: commit, tag or branch of the Hub dataset.
         split: split of the dataset to read.
-        text_field: field or column that has the text; a .txt file is one document.
+        text_field: field or column that has the text, data.text for one inside another; a .txt file is one document.
+        encoding: of text files, such as latin-1 or utf-16.
         separator: or a .txt is cut into documents at this text, such as "<|endoftext|>".
         out: folder to write to.
         workers: processes; 0 means one per core. The shards do not depend on it.
@@ -104,6 +109,10 @@ class PrepareConfig(Source):
             raise ConfigError(f"inputs is {list(self.inputs)} and dataset is {self.dataset}: name one of the two")
         if (self.val_fraction is not None) + (self.val_documents is not None) + bool(self.val_ids) > 1:
             raise ConfigError("val_fraction, val_documents and val_ids are set together: keep one of them")
+        try:
+            codecs.lookup(self.encoding)
+        except (LookupError, ValueError):
+            raise ConfigError(f"encoding is {self.encoding!r}: choose one that Python knows, such as latin-1") from None
         if self.separator == "":
             raise ConfigError("separator is empty: leave it out, or name a text")
         if self.executor == "slurm" and not self.slurm_partition:
@@ -123,6 +132,8 @@ class PrepareConfig(Source):
         for name in ("out", "workers", "overwrite", "on_error", "export", "executor"):
             del values[name]
         values = {name: value for name, value in values.items() if not name.startswith("slurm_")}
+        if self.encoding == "utf-8":  # as in manifests from before there was a choice
+            del values["encoding"]
         values["inputs"] = [Path(item).name for item in self.inputs]
         values["decontaminate"] = describe_evaluations(self.decontaminate, self.decontaminate_ngram)
         values["val_ids"] = list(self.val_ids)
@@ -164,10 +175,13 @@ def prepare(config: PrepareConfig) -> Path:
         identity = {"config": recorded, "source": facts, "task_bytes": TASK_BYTES, "changed": changed}
         with _only_writer(out):
             _start_or_resume(out, identity, config)
-            _run(_stages(config, facts, source, tasks), config)
+            unread = unread_files(config.inputs, out)
+            _run(_stages(config, facts, source, tasks, unread), config)
         if config.executor == "slurm":
             return manifest_path
         print(f"{manifest_path}: written")
+        if unread:
+            _say_unread(facts["files"], unread)
     shutil.rmtree(out / WORK, ignore_errors=True)
     if config.export == "llmc" and not (out / "llmc").exists():
         export_llmc(out, out / "llmc")
@@ -175,7 +189,15 @@ def prepare(config: PrepareConfig) -> Path:
     return manifest_path
 
 
-def _stages(config: PrepareConfig, facts: dict[str, Any], source: Source, tasks: list[list[Piece]]) -> list[Stage]:
+def _say_unread(read: int, unread: dict[str, int]) -> None:
+    ours = sorted({*unread} & {*BY_DATASETS})
+    remedy = f"; --dataset FOLDER reads a folder of {' or '.join(ours)}" if ours else ""
+    print(f"read {read:,} files; not read, by their ending: {listing(unread)}{remedy}")
+
+
+def _stages(
+    config: PrepareConfig, facts: dict[str, Any], source: Source, tasks: list[list[Piece]], unread: dict[str, int]
+) -> list[Stage]:
     """The pipelines, in order."""
     out = Path(config.out).absolute()  # jobs of a cluster run elsewhere
     work = out / WORK
@@ -193,7 +215,7 @@ def _stages(config: PrepareConfig, facts: dict[str, Any], source: Source, tasks:
     split = Split(
         config.val_fraction, config.val_documents, config.val_ids, config.tokens_per_shard, config.dedup != "none"
     )
-    shards = WriteShards(str(out), str(work), split, tasks, config.recorded(), facts, stop)
+    shards = WriteShards(str(out), str(work), split, tasks, config.recorded(), facts, unread, stop)
     return [*stages, Stage("tokens", steps, len(tasks)), Stage("shards", [shards], 1)]
 
 
@@ -217,7 +239,9 @@ def _check_same(config: PrepareConfig, done: dict[str, Any]) -> None:
         raise ValueError(f"{out} was prepared by an earlier version: {REMEDY}")
     old, new = done.get("config", {}), config.recorded()
     if old != new:
-        changes = ", ".join(f"{key} was {old.get(key)}, now {new[key]}" for key in new if old.get(key) != new[key])
+        changes = ", ".join(
+            f"{key} was {old.get(key)}, now {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)
+        )
         raise ValueError(f"{config.out} was prepared with other settings ({changes}): {REMEDY}")
     # Shards whose inputs were deleted since stay good. What the Hub has now is not asked.
     with contextlib.suppress(FileNotFoundError):
@@ -271,8 +295,10 @@ def _start_or_resume(out: Path, plan: dict[str, Any], config: PrepareConfig) -> 
             shutil.rmtree(out / "logs" / "shards", ignore_errors=True)
             print(f"{out}: going on with an unfinished preparation")
             return
-        if unfinished and not config.overwrite:
-            raise ValueError(f"{out} holds an unfinished preparation of something else: {REMEDY}")
+        if unfinished and not config.overwrite and not _is_corrected(work, unfinished, plan):
+            raise UserError(f"{out} holds an unfinished preparation of something else: {REMEDY}")
+        if unfinished:
+            print(f"{out}: starting anew, in place of an unfinished preparation with other settings")
     elif not manifest_path.exists() and (foreign := [name for name in RESULTS if (out / name).exists()]):
         raise ValueError(f"{out} holds {', '.join(foreign)} from elsewhere: choose another --out, or move them away")
     work.mkdir(parents=True, exist_ok=True)
@@ -285,6 +311,15 @@ def _start_or_resume(out: Path, plan: dict[str, Any], config: PrepareConfig) -> 
             path.unlink(missing_ok=True)
     (work / "running").mkdir()
     write_json(plan_path, plan)
+
+
+def _is_corrected(work: Path, unfinished: dict[str, Any], plan: dict[str, Any]) -> bool:
+    """Whether nothing is lost by starting anew: no tokens were kept, or val_ids alone differ, which no earlier run
+    that has come so far can have found right."""
+    if not any(part.stat().st_size for part in work.glob("*.ds")):
+        return True
+    old, new = unfinished["config"] | {"val_ids": None}, plan["config"] | {"val_ids": None}
+    return unfinished | {"config": old} == plan | {"config": new}
 
 
 def _refuse_while_queued(jobs: Path) -> None:
@@ -326,11 +361,12 @@ def _run(stages: list[Stage], config: PrepareConfig) -> None:
         show = _count_documents(out / WORK) if stage.name == "tokens" else None
         completions = out / "logs" / stage.name / "completions"
         lost = _lost_workers(out / WORK / "running") if config.executor == "local" else None
+        noticed = threading.Event()
         try:
-            with _progress(completions, stage, show, lost), _children_die_with_us(), _stderr_to(log):
+            with _progress(completions, stage, show, lost, noticed), _children_die_with_us(), _stderr_to(log):
                 executor.run()
-        except KeyboardInterrupt:
-            if lost is None or not lost():
+        except (KeyboardInterrupt, ConnectionError, EOFError) as error:  # the last two from a manager that was killed
+            if lost is None or (isinstance(error, KeyboardInterrupt) and not noticed.is_set()):
                 raise
             raise OSError(
                 f"{stage.name}: a worker was killed, probably because memory ran out: use fewer --workers; the same "
@@ -396,7 +432,17 @@ def _count_documents(parts: Path) -> Callable[[], np.ndarray]:
 def _lost_workers(running: Path) -> Callable[[], bool]:
     """A function that says whether a process vanished in the middle of a task: datatrove would wait for it for ever."""
 
+    helpers: set[int] = set()
+
     def lost() -> bool:
+        children = _children()
+        if helpers - children:  # datatrove's manager, or the server that forks its workers
+            for marker in running.glob("*"):  # nobody else would end them
+                if (pid := int(marker.suffix[1:])) != os.getpid():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            return True
+        helpers.update(children)
         for marker in running.glob("*"):
             try:
                 os.kill(int(marker.suffix[1:]), 0)
@@ -406,6 +452,19 @@ def _lost_workers(running: Path) -> Callable[[], bool]:
         return False
 
     return lost
+
+
+def _children() -> set[int]:
+    """The processes that this one started and that live; none where Linux's /proc is not there."""
+    found = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found |= set(map(int, path.read_text().split()))
+    for pid in list(found):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                found.discard(pid)
+    return found
 
 
 def _interrupt_main_thread() -> None:
@@ -422,9 +481,11 @@ def _progress(
     stage: Stage,
     count: Callable[[], np.ndarray] | None,
     lost: Callable[[], bool] | None,
+    noticed: threading.Event,
     seconds: float = 5.0,
 ) -> Iterator[None]:
-    """Print a line of progress now and then, from what the workers have written so far; stop when one is lost."""
+    """Print a line of progress now and then, from what the workers have written so far; when one is lost, set
+    `noticed` and stop."""
     began, stop = time.monotonic(), threading.Event()
     tasks_before = sum(1 for _ in completions.glob("*"))
     before = np.zeros(2) if count is None else count()
@@ -447,7 +508,11 @@ def _progress(
     def repeat() -> None:
         while not stop.wait(seconds):
             show()
-            if lost and lost():  # said again while it lasts: what cleans up may wait for the lost worker, too
+            done = sum(1 for _ in completions.glob("*")) >= stage.tasks  # then those who helped may go
+            if (
+                not done and lost and lost()
+            ):  # said again while it lasts: what cleans up may wait for the lost worker, too
+                noticed.set()
                 _interrupt_main_thread()
 
     thread = threading.Thread(target=repeat, daemon=True)

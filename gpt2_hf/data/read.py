@@ -6,38 +6,32 @@ their share of its lines: to unpack text is 20 to 100 times faster than to token
 """
 
 import contextlib
-import glob
-import gzip
-import hashlib
-import io
-import json
 import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..knobs import Filled, Knobs, PathName
-from .tokenizer import ASSETS
+from ..program import UserError
+from .inputs import COMPRESSED, describe, find_files, text_format, walk
+from .json_text import LINE_BYTES, STRIPE_BYTES, Row, hint, is_lines, read_lines, read_values
+from .opening import BOM, LOOK_BYTES, PARQUET, READ_ERRORS, Damaged, is_utf8, look, open_text, packing
 
 if TYPE_CHECKING:
+    import io
+
     from datatrove.data import Document
 
 TASK_BYTES = 32 * 2**20  # input bytes of one task: large files are cut, small files are put together
 SHARE_BYTES = 16 * 2**20  # compressed bytes that are worth another task
 SHARES = 8  # at most so many tasks read one compressed file, and no more than 2 * SHARES read all
-STRIPE_BYTES = 2**16  # of text: the tasks that share a file take turns with stripes of lines
 TXT_BYTES = 32 * 2**20  # a longer .txt is no document, but a corpus: it is cut at a line end
-LINE_BYTES = 64 * 2**20  # a longer line of .jsonl is not read
-COMPRESSED = (".gz", ".zst")
-SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
-SAMPLE_BYTES = 2**16  # of a file's beginning, middle and end, which tell whether it has changed
-BOM = b"\xef\xbb\xbf"
+BATCH_BYTES = 32 * 2**20  # of rows of a table that are unpacked at a time
 
-Row = tuple[Any, dict[str, Any]]  # a document's fields, and where it stands; "skipped" there says why it is unusable
+__all__ = ["STRIPE_BYTES", "Piece", "ReadDocuments", "Source", "describe", "find_files", "plan"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,8 @@ class Source(Knobs):
     Args:
         inputs: files, folders and globs; or
         dataset: name of a dataset on the Hub, or a folder of save_to_disk, with its name, revision and split.
-        text_field: field or column that has the text.
+        text_field: field or column that has the text; data.text for a field inside another.
+        encoding: of text files.
         separator: cuts a .txt into documents.
         exclude_wikipedia: mark the pages of Wikipedia.
     """
@@ -58,14 +53,16 @@ class Source(Knobs):
     revision: str | None = None
     split: Annotated[str, Filled()] = "train"
     text_field: Annotated[str, Filled()] = "text"
+    encoding: Annotated[str, Filled()] = "utf-8"
     separator: str | None = None
     exclude_wikipedia: bool = False
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Part of an input, by its kind: "bytes" start to end of a file, "share" number start of end of a compressed one,
-    "groups" start to end of a .parquet, "rows" part start of end of a dataset (the path is then its name)."""
+    """Part of an input, by its kind: "bytes" start to end of a file, "share" number start of end of one that must be
+    read from its beginning, "groups" start to end of a .parquet, "rows" part start of end of a dataset (the path is
+    then its name)."""
 
     path: str
     kind: str
@@ -85,7 +82,7 @@ def plan(source: Source, out: str | Path | None = None) -> tuple[dict[str, Any],
     room = TASK_BYTES
     for path in files:
         size = path.stat().st_size
-        for piece in _cut(path, size, len(files), source.separator):
+        for piece in _cut(path, size, len(files), source):
             cost = size // piece.end if piece.kind == "share" else size if piece.kind == "groups" else 0
             cost = cost or piece.end - piece.start
             if tasks[-1] and cost > room:
@@ -96,85 +93,44 @@ def plan(source: Source, out: str | Path | None = None) -> tuple[dict[str, Any],
     return describe(files), source, tasks
 
 
-def _cut(path: Path, size: int, n_files: int, separator: str | None) -> list[Piece]:
-    """The pieces of one file."""
+def _cut(path: Path, size: int, n_files: int, source: Source) -> list[Piece]:
+    """The pieces of one file. Raises UserError for one that is sound, but cannot be read."""
     name = str(path)
-    if path.suffix.lower() in COMPRESSED:
-        shares = 1
-        if _format(path) != ".txt":
-            shares = max(1, min(SHARES, 2 * SHARES // n_files, size // SHARE_BYTES))
-        return [Piece(name, "share", share, shares) for share in range(shares)]
-    if _format(path) == ".parquet":
+    with path.open("rb") as file:
+        raw = file.read(LOOK_BYTES)
+    table, named_table = raw.startswith(PARQUET), text_format(path) == ".parquet"
+    if table:
         groups = 1
-        with contextlib.suppress(*_read_errors(name)):  # a damaged file is reported when it is read
-            import pyarrow.parquet
+        import pyarrow.parquet
 
+        with contextlib.suppress(OSError, pyarrow.ArrowInvalid):  # a damaged file is reported when it is read
             groups = pyarrow.parquet.read_metadata(path).num_row_groups
         pieces = max(1, min(groups, round(size / TASK_BYTES)))
         borders = pairwise(groups * i // pieces for i in range(pieces + 1))
         return [Piece(name, "groups", start, end) for start, end in borders]
-    text = _format(path) == ".txt"
-    whole = text and (separator is not None or size <= TXT_BYTES)
+    if named_table:
+        raise UserError(f"{path} is {'empty' if not size else 'no parquet file'}: leave it out, or copy it again")
+    head = look(path, source.encoding)
+    text = text_format(path) == ".txt"
+    if packing(raw) or not is_utf8(source.encoding) or not (text or is_lines(head)):
+        share_bytes = SHARE_BYTES if packing(raw) else TASK_BYTES
+        shares = 1 if text else max(1, min(SHARES, 2 * SHARES // n_files, size // share_bytes))
+        return [Piece(name, "share", share, shares) for share in range(shares)]
+    whole = text and (source.separator is not None or size <= TXT_BYTES)
     pieces = 1 if whole else max(1, -(-size // (TXT_BYTES if text else TASK_BYTES)))
     borders = pairwise(size * i // pieces for i in range(pieces + 1))  # of one length, to end together
     return [Piece(name, "bytes", start, end) for start, end in borders]
 
 
-def describe(files: list[Path]) -> dict[str, Any]:
-    """The files by number, size and a hash of their names, sizes and parts of their content."""
-    digest, total = hashlib.sha256(), 0
-    for path in files:
-        size = path.stat().st_size
-        total += size
-        digest.update(json.dumps([path.name, size]).encode())
-        with path.open("rb") as file:
-            for start in (0, size // 2, max(size - SAMPLE_BYTES, 0)):
-                file.seek(start)
-                digest.update(file.read(SAMPLE_BYTES))
-    return {"files": len(files), "bytes": total, "sha256_of_samples": digest.hexdigest()}
-
-
-def find_files(inputs: Iterable[str], out: str | Path | None = None) -> list[Path]:
-    """The files to read, in the order of the inputs, by name inside a folder or glob, each once; none below `out`."""
-    found: dict[Path, Path] = {}
-    below = Path(out).resolve() if out else None
-    for item in inputs:
-        if item == "shakespeare" and not Path(item).exists():
-            item = str(ASSETS / "shakespeare.jsonl.gz")
-        if Path(item).is_dir():
-            # Hidden files and folders are left out, linked ones followed.
-            paths = [Path(path) for path in glob.glob(f"{glob.escape(item)}/**/*", recursive=True)]
-            paths = [path for path in paths if path.is_file() and _format(path)]
-        elif Path(item).is_file():
-            paths = [Path(item)]
-        else:
-            paths = [Path(path) for path in glob.glob(item, recursive=True) if Path(path).is_file()]
-        if below and paths:
-            paths = [path for path in paths if below not in path.resolve().parents]
-            if not paths:
-                raise ValueError(f"{item} lies in --out {out}, which is written to: choose another --out")
-        if not paths:
-            raise FileNotFoundError(f"{item}: no such file, or a folder without {', '.join(SUFFIXES)}: check the path")
-        for path in sorted(paths):
-            if not _format(path):
-                raise ValueError(f"{path}: not one of {', '.join(SUFFIXES)} (or .gz, .zst of text): convert it first")
-            found.setdefault(path.resolve(), path)
-    return list(found.values())
-
-
-def _format(path: Path) -> str | None:
-    """The suffix without compression, if it is one that we read."""
-    last = path.suffix.lower()
-    suffix = Path(path.stem).suffix.lower() if last in COMPRESSED else last
-    compressed_table = last != suffix and suffix == ".parquet"
-    return suffix if suffix in SUFFIXES and not compressed_table and not path.name.startswith(".") else None
-
-
 def _plan_dataset(source: Source) -> tuple[dict[str, Any], Source, list[list[Piece]]]:
     """One task per file of a dataset that is streamed, one per TASK_BYTES of a saved one."""
     name, revision = str(source.dataset), source.revision
+    facts: dict[str, Any] = {}
     try:
-        if not Path(name).is_dir():
+        if Path(name).is_dir():
+            _refuse_missing_split(Path(name), source.split)
+            facts = describe(walk(Path(name)))
+        else:
             from huggingface_hub import HfApi
 
             # Every task must read one and the same commit, even if the dataset changes during the run.
@@ -183,6 +139,8 @@ def _plan_dataset(source: Source) -> tuple[dict[str, Any], Source, list[list[Pie
         rows = _load_dataset(settled)
         saved = hasattr(rows, "data")
         count = max(min(-(-rows.data.nbytes // TASK_BYTES), len(rows)) if saved else rows.num_shards, 1)
+    except UserError:
+        raise
     except Exception as error:  # the clients' own exceptions have no common base
         raise OSError(
             f"dataset {name}: {_first_line(error)}: check its name, configuration, split and the network, "
@@ -190,8 +148,15 @@ def _plan_dataset(source: Source) -> tuple[dict[str, Any], Source, list[list[Pie
         ) from error
     tasks = [[Piece(name, "rows", index, count)] for index in range(count)]
     # What datasets itself tells contents apart by.
-    facts = {"fingerprint": rows._fingerprint, "rows": len(rows)} if saved else {"revision": revision}
+    facts |= {"fingerprint": rows._fingerprint, "rows": len(rows)} if saved else {"revision": revision}
     return {**facts, "tasks": count}, settled, tasks
+
+
+def _refuse_missing_split(folder: Path, split: str) -> None:
+    """Datasets would read all splits of a saved DatasetDict as one, those that were held out as well."""
+    if (folder / "dataset_dict.json").exists() and not (folder / split).is_dir():
+        there = ", ".join(sorted(path.parent.name for path in folder.glob("*/state.json")))
+        raise UserError(f"dataset {folder} has no split {split!r}, but {there}: choose one with --split")
 
 
 def _load_dataset(source: Source) -> Any:
@@ -243,39 +208,50 @@ class ReadDocuments:
         for number, piece in enumerate(pieces):
             for row, place in self.rows(piece):
                 place |= {"file": piece.path, "piece": number}
-                if "skipped" not in place and (problem := self._problem(row)):
-                    place["skipped"] = problem
-                if "skipped" in place:
+                text = None
+                if "skipped" not in place:
+                    text = self._text(row, place)
+                if text is None:
                     yield Document(text="", id="", metadata=place)
                 else:
-                    yield Document(text=row[self.source.text_field], id=str(row.get("id", "")), metadata=place)
+                    yield Document(text=text, id=str(row.get("id", "")), metadata=place)
 
-    def _problem(self, row: Any) -> str | None:
-        """Why a row is no document; a key of audit.REASONS."""
+    def _text(self, row: Any, place: dict[str, Any]) -> str | None:
+        """The text of a row; None for one that is no document, and then "skipped" is a key of audit.REASONS."""
+        place["skipped"] = "broken"
         if not isinstance(row, dict):
-            return "broken"
-        text = row.get(self.source.text_field)
+            return None
+        text = lookup(row, self.source.text_field)
+        if isinstance(text, bytes):
+            try:
+                text = text.decode()
+            except UnicodeDecodeError:
+                return None
         if not isinstance(text, str):
-            return "no_text"
-        if not text or text.isspace():
-            return "empty"
-        if self.source.exclude_wikipedia and (
+            place |= {"skipped": "no_text", "detail": _what_is_there(row, self.source.text_field, text)}
+        elif not text or text.isspace():
+            place["skipped"] = "empty"
+        elif len(text) > LINE_BYTES // 4 and len(text.encode(errors="replace")) > LINE_BYTES:
+            place["skipped"] = "too_long"
+        elif self.source.exclude_wikipedia and (
             "wikipedia.org/" in str(row.get("url", ""))[:100] or "Wikipedia, the free encyclopedia" in text[:500]
         ):
-            return "wikipedia"
+            place["skipped"] = "wikipedia"
+        else:
+            del place["skipped"]
+            return text
         return None
 
     def rows(self, piece: Piece) -> Iterator[Row]:
         """The rows of a piece. A file that cannot be read to its end gives one last row that says so."""
-        form = _format(Path(piece.path)) if piece.kind != "rows" else None
         read = {"rows": self._dataset_rows, "groups": self._parquet_rows}.get(
-            piece.kind, self._txt_rows if form == ".txt" else _json_rows
+            piece.kind, self._txt_rows if text_format(Path(piece.path)) == ".txt" else self._json_rows
         )
         place: dict[str, Any] = {"line": 0}
         try:
             for row, place in read(piece):
                 yield row, place
-        except _read_errors(piece.path) as error:
+        except READ_ERRORS as error:
             # Not the file's fault, but the disk's, the network's or the Hub's: to go on would lose good documents.
             if piece.kind == "rows" or getattr(error, "errno", None) is not None:
                 raise
@@ -284,21 +260,39 @@ class ReadDocuments:
                 return
             yield None, last | {"skipped": "damaged", "detail": _first_line(error)}
 
+    def _json_rows(self, piece: Piece) -> Iterator[Row]:
+        with open_text(piece.path, self.source.encoding) as file:
+            if piece.kind == "bytes":
+                yield from read_lines(file, piece.start, piece.end, shared=False)
+                return
+        head = look(Path(piece.path), self.source.encoding)
+        with open_text(piece.path, self.source.encoding) as file:
+            if is_lines(head):
+                yield from read_lines(file, piece.start, piece.end, shared=True)
+            else:
+                yield from read_values(file, piece.start, piece.end)
+
     def _txt_rows(self, piece: Piece) -> Iterator[Row]:
-        name = re.sub(r"(\.txt)?(\.gz|\.zst)?$", "", Path(piece.path).name, flags=re.IGNORECASE)
-        with _open(piece.path) as file:
+        packed = "|".join(map(re.escape, COMPRESSED))
+        name = re.sub(rf"(\.txt)?({packed})?$", "", Path(piece.path).name, flags=re.IGNORECASE)
+        with open_text(piece.path, self.source.encoding) as file:
+            texts: Iterator[tuple[dict[str, int], bytes | None]]
             if self.source.separator is not None:
                 texts = _split(file, self.source.separator.encode(), piece.path)
             else:
                 texts = _lines_of(file, piece) if piece.kind == "bytes" else _blocks(file)
             for number, (place, raw) in enumerate(texts):
+                if raw is None:
+                    yield None, place | {"skipped": "too_long"}
+                    continue
                 mark = len(BOM) * raw.startswith(BOM)
                 try:
                     text = raw[mark:].decode()
                 except UnicodeDecodeError as error:
                     wrong = mark + error.start
                     wrong = raw.count(b"\n", 0, wrong) if "line" in place else wrong
-                    yield None, {key: value + wrong for key, value in place.items()}
+                    detail = {"detail": found} if (found := hint(raw[mark : mark + LOOK_BYTES + error.start])) else {}
+                    yield None, {key: value + wrong for key, value in place.items()} | detail
                     continue
                 del raw
                 yield {"id": f"{name}-{number}" if number else name, self.source.text_field: text}, place
@@ -306,15 +300,32 @@ class ReadDocuments:
     def _parquet_rows(self, piece: Piece) -> Iterator[Row]:
         import pyarrow.parquet
 
-        # Page by page: a row group may be larger than memory.
-        with pyarrow.parquet.ParquetFile(piece.path, memory_map=True, pre_buffer=False, buffer_size=2**20) as file:
-            columns = self._columns(piece.path, file.schema_arrow.names)
+        try:
+            yield from self._table_rows(piece)
+        except pyarrow.ArrowInvalid as error:
+            raise Damaged(str(error)) from error
+
+    def _table_rows(self, piece: Piece) -> Iterator[Row]:
+        import pyarrow.parquet
+
+        # Page by page: a row group may be larger than memory. What was written as a dictionary stays one until each row
+        # is asked for: a few kilobytes may stand for gigabytes.
+        options: dict[str, Any] = {"memory_map": True, "pre_buffer": False, "buffer_size": 2**20}
+        with pyarrow.parquet.ParquetFile(piece.path, **options) as file:
+            schema, names = file.schema_arrow, file.schema_arrow.names
+            columns = self._columns(piece.path, names)
+            plain = (pyarrow.string(), pyarrow.binary())
+            options["read_dictionary"] = [name for name in columns if schema.field(name).type in plain]
+        with pyarrow.parquet.ParquetFile(piece.path, **options) as file:
             number = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
-            groups = range(piece.start, min(piece.end, file.num_row_groups))
-            for batch in file.iter_batches(batch_size=256, columns=columns, row_groups=groups):
-                for row in _rows_of(batch):
-                    number += 1
-                    yield row, {"line": number}
+            for group in range(piece.start, min(piece.end, file.num_row_groups)):
+                facts = file.metadata.row_group(group)
+                a_row = facts.total_byte_size // max(facts.num_rows, 1)
+                size = max(1, min(256, BATCH_BYTES // max(a_row, 1)))
+                for batch in file.iter_batches(batch_size=size, columns=columns, row_groups=[group]):
+                    for row in _rows_of(batch):
+                        number += 1
+                        yield row, {"line": number}
 
     def _dataset_rows(self, piece: Piece) -> Iterator[Row]:
         rows = _load_dataset(self.source)
@@ -325,80 +336,101 @@ class ReadDocuments:
             yield row, {"line": number}
 
     def _columns(self, where: str, names: list[str]) -> list[str]:
-        if self.source.text_field not in names:
-            raise ValueError(f"{where}: no column {self.source.text_field!r} among {names}: set --text_field")
-        return [name for name in names if name in (self.source.text_field, "id", "url")]
+        wanted = self.source.text_field
+        text = next((name for name in _prefixes(wanted) if name in names), None)
+        if text is None:
+            raise UserError(f"{where}: no column {wanted!r} among {names}: set --text_field")
+        return [name for name in names if name in (text, "id", "url")]
+
+
+def _prefixes(text_field: str) -> list[str]:
+    """a.b.c, a.b, a: a key may have a dot in it."""
+    parts = text_field.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+
+
+def lookup(row: dict[str, Any], text_field: str) -> Any:
+    """The value of a field, or of one inside others by a name with dots; None where there is none."""
+    for name in _prefixes(text_field):
+        if name == text_field and name in row:
+            return row[name]
+        if isinstance(inner := row.get(name), dict):
+            found = lookup(inner, text_field[len(name) + 1 :])
+            if found is not None:
+                return found
+    return None
+
+
+def _field_names(row: dict[str, Any], before: str = "", depth: int = 2) -> Iterator[str]:
+    """The fields of a row, those inside others by a name with dots."""
+    for name, value in row.items():
+        if isinstance(value, dict) and depth:
+            yield from _field_names(value, f"{before}{name}.", depth - 1)
+        else:
+            yield f"{before}{name}"
+
+
+def _what_is_there(row: dict[str, Any], text_field: str, value: Any) -> str:
+    """What a row has instead of a text, in few words."""
+    if value is None:
+        if text_field in row:
+            return f"{text_field!r} is null"
+        names = list(_field_names(row))
+        more = ", ..." if len(names) > 20 else ""
+        return f"no {text_field!r} among {', '.join(names[:20])}{more}; set --text_field" if names else "no fields"
+    kind = type(value).__name__
+    if isinstance(value, list) and value:
+        kind = f"list of {type(value[0]).__name__}"
+    elif isinstance(value, dict):
+        inside = ", ".join(f"{text_field}.{name}" for name in list(_field_names(value))[:20])
+        return f"{text_field!r} is not a text, but holds {inside}; set --text_field"
+    return f"{text_field!r} is a {kind}, not a text; set --text_field, or make one text of it first"
 
 
 def _rows_of(batch: Any) -> Iterator[dict[str, Any] | None]:
-    """The rows of a batch of a table; None for one that is not UTF-8."""
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        for i in range(batch.num_rows):
-            try:
-                yield batch.slice(i, 1).to_pylist()[0]
-            except UnicodeDecodeError:
-                yield None
+    """The rows of a batch of a table, one at a time; None for one that is not UTF-8."""
+    columns = list(zip(batch.schema.names, batch.columns, strict=True))
+    for i in range(batch.num_rows):
+        try:
+            yield {name: column[i].as_py() for name, column in columns}
+        except UnicodeDecodeError:
+            yield None
 
 
-def _json_rows(piece: Piece) -> Iterator[Row]:
-    """The lines that begin inside the piece, or in its stripes."""
-    compressed = piece.kind == "share"
-    with _open(piece.path) as file:
-        position = number = 0
-        if not compressed and piece.start:
-            position = piece.start - 1
-            file.seek(position)
-            position += len(file.readline())
-        while (compressed or position < piece.end) and (line := file.readline(LINE_BYTES)):
-            number += 1
-            # Inside a large file the number of a line is counted only if it must be reported.
-            place = {"line": number} if compressed else {"offset": position}
-            mine = not compressed or position // STRIPE_BYTES % piece.end == piece.start
-            if not position and line.startswith(BOM):
-                position, line = len(BOM), line[len(BOM) :]
-            position += len(line)
-            if len(line) == LINE_BYTES and not line.endswith(b"\n"):
-                while (more := file.readline(LINE_BYTES)) and not more.endswith(b"\n"):
-                    position += len(more)
-                position += len(more)
-                if mine:
-                    yield None, place | {"skipped": "too_long"}
-            elif mine and line and not line.isspace():
-                try:
-                    text = line.decode()
-                    del line  # 50 MB, perhaps, and so has each form of it
-                    row = json.loads(text)
-                    del text
-                except (ValueError, RecursionError):  # not UTF-8, or not JSON
-                    row = None
-                yield row, place
-                del row
-
-
-def _lines_of(file: io.BufferedIOBase, piece: Piece) -> Iterator[tuple[dict[str, int], bytes]]:
-    """The lines that begin inside the piece, if any do, and where the first one does; an empty file is empty."""
+def _lines_of(file: "io.BufferedIOBase", piece: Piece) -> Iterator[tuple[dict[str, int], bytes | None]]:
+    """The lines that begin inside the piece, if any do, and where the first one does; an empty file is empty. None
+    stands for a text that is too long."""
     if piece.start:
         file.seek(piece.start - 1)
-        file.readline()
+        while (line := file.readline(TXT_BYTES)) and not line.endswith(b"\n"):
+            pass
     begin = file.tell()
     if begin < piece.end:
-        yield {"offset": begin}, file.read(piece.end - 1 - begin) + file.readline()
+        yield {"offset": begin}, _to_line_end(file, file.read(piece.end - 1 - begin))
     elif not piece.start:
         yield {"offset": 0}, b""
 
 
-def _blocks(file: io.BufferedIOBase) -> Iterator[tuple[dict[str, int], bytes]]:
+def _to_line_end(file: "io.BufferedIOBase", block: bytes) -> bytes | None:
+    """The block with the rest of its last line; None if they are longer than LINE_BYTES together."""
+    rest = file.readline(max(LINE_BYTES - len(block), 1))
+    if len(rest) < LINE_BYTES - len(block) or rest.endswith(b"\n"):
+        return block + rest
+    while (rest := file.readline(TXT_BYTES)) and not rest.endswith(b"\n"):
+        pass
+    return None
+
+
+def _blocks(file: "io.BufferedIOBase") -> Iterator[tuple[dict[str, int], bytes | None]]:
     """A file in blocks of about TXT_BYTES, cut at a line end, and the line on which each begins."""
     line = 1
-    while block := file.read(TXT_BYTES):
-        block += file.readline()
+    while begin := file.read(TXT_BYTES):
+        block = _to_line_end(file, begin)
         yield {"line": line}, block
-        line += block.count(b"\n")
+        line += begin.count(b"\n") + 1 if block is None else block.count(b"\n")
 
 
-def _split(file: io.BufferedIOBase, separator: bytes, path: str) -> Iterator[tuple[dict[str, int], bytes]]:
+def _split(file: "io.BufferedIOBase", separator: bytes, path: str) -> Iterator[tuple[dict[str, int], bytes]]:
     """The documents between separators, and the line on which each begins; empty ones are nothing."""
     line, rest, ended = 1, b"", False
     while not ended:
@@ -410,26 +442,7 @@ def _split(file: io.BufferedIOBase, separator: bytes, path: str) -> Iterator[tup
                 yield {"line": line}, text
             line += (text + separator).count(b"\n")
         if len(rest) > TXT_BYTES:
-            raise ValueError(f"{path}: no {separator.decode()!r} within {TXT_BYTES:,} bytes: check --separator")
-
-
-def _open(path: str) -> io.BufferedIOBase:
-    if path.lower().endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.lower().endswith(".zst"):
-        import pyarrow
-
-        # Unlike zstandard's reader, it raises when the file was cut short.
-        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 2**20)
-    return open(path, "rb")
-
-
-def _read_errors(path: str) -> tuple[type[Exception], ...]:
-    if not path.lower().endswith(".parquet"):
-        return (EOFError, OSError, zlib.error)
-    import pyarrow
-
-    return (OSError, pyarrow.ArrowInvalid)
+            raise UserError(f"{path}: no {separator.decode()!r} within {TXT_BYTES:,} bytes: check --separator")
 
 
 def _first_line(error: Exception) -> str:

@@ -27,11 +27,14 @@ from .formats import (
     EOT,
     INDEX_BYTES,
     VOCAB_SIZE,
+    ZEROS,
     TokenFile,
     begins_with_eot,
     cut_points,
     find_document_ends,
     find_token_files,
+    holes,
+    longest_zeros,
     read_last_end,
     split_of,
 )
@@ -43,6 +46,7 @@ VERSION = 2
 TOKENIZER = "gpt2"
 TOKEN_BYTES = 2
 VERIFY_TOKENS = 2**23
+SAMPLES, SAMPLE_TOKENS = 5, 1024  # places of a shard that are compared whenever it is mapped
 
 
 class SplitMissing(ShardError):
@@ -121,6 +125,8 @@ class ShardSet:
         for start in range(0, len(tokens), VERIFY_TOKENS):
             block = tokens[start : start + VERIFY_TOKENS]
             largest = max(largest, int(block.max()))
+            if (zeros := longest_zeros(block)) >= ZEROS:
+                raise holes(shard.path, zeros)
             if shard.sha256[shard.name]:
                 digest.update(block.data)
             progress(len(block))
@@ -143,6 +149,13 @@ class ShardSet:
                 raise ShardError(
                     f"{shard.path}.index: a document does not end with token {self.eot}: prepare the data again"
                 )
+
+
+def sample_digest(tokens: np.ndarray) -> str:
+    """sha256 of a few places of a shard, its beginning, middle and end among them: seen cheaply at every opening."""
+    starts = [(len(tokens) - SAMPLE_TOKENS) * i // (SAMPLES - 1) for i in range(SAMPLES)]
+    places = [tokens[max(start, 0) : max(start, 0) + SAMPLE_TOKENS].astype("<u2").tobytes() for start in starts]
+    return hashlib.sha256(b"".join(places)).hexdigest()
 
 
 def outside_vocabulary(shard: Shard, token: int, vocab_size: int) -> ShardError:
@@ -217,6 +230,19 @@ def _open_ds(folder: Folder, sizes: dict[str, int], entry: dict[str, Any]) -> Sh
             f"{folder.location}/{index} ends at token {last_end:,}, its shard has {n_tokens:,}: "
             "copy it again or prepare the data again"
         )
+    samples = entry.get("sha256_of_samples")  # older manifests have none
+
+    def tokens() -> np.ndarray:
+        mapped = folder.map(name, "<u2")
+        if samples and sample_digest(mapped) != samples:
+            raise ShardError(
+                f"{folder.location}/{name} has changed since it was prepared, at its size: copy the file again or "
+                "prepare the data again"
+            )
+        return mapped
+
+    if isinstance(folder, LocalFolder):  # what is remote is looked at when it is there
+        tokens()
     return Shard(
         folder,
         name,
@@ -224,13 +250,14 @@ def _open_ds(folder: Folder, sizes: dict[str, int], entry: dict[str, Any]) -> Sh
         n_documents,
         digest=entry["sha256"],
         sha256={name: entry["sha256"], index: entry["index_sha256"]},
-        tokens=partial(folder.map, name, "<u2"),
+        tokens=tokens,
         # Unsigned in the file, but NumPy would mix that with int as float.
         document_ends=partial(folder.map, index, "<i8"),
     )
 
 
 def _open_foreign(folder: Folder, sizes: dict[str, int], split: str) -> ShardSet:
+    _refuse_folder_of_folders(folder, sizes)
     files = find_token_files(folder, sizes)
     if not files:
         raise ShardError(
@@ -243,6 +270,21 @@ def _open_foreign(folder: Folder, sizes: dict[str, int], split: str) -> ShardSet
     eot_first = begins_with_eot(files)
     shards = [shard for file in chosen for shard in _open_file(file, eot_first)]
     return ShardSet(split, tuple(shards), VOCAB_SIZE, EOT, n_bytes=None, eot_first=eot_first)
+
+
+def _refuse_folder_of_folders(folder: Folder, sizes: dict[str, int]) -> None:
+    """Of a preparation that is not finished, and of several corpora at once, nobody wants a mixture."""
+    if ".preparing/plan.json" in sizes:
+        raise ShardError(
+            f"{folder.location} is not prepared to its end: start the same scripts/prepare_data.py again, it goes on"
+        )
+    marks = ("/manifest.json", "/.preparing/plan.json")
+    inside = {name.removesuffix(mark) for name in sizes for mark in marks if name.endswith(mark)}
+    corpora = sorted(name for name in inside if any(other.startswith(f"{name}/train/") for other in sizes))
+    if corpora:
+        more = f" and {len(corpora) - 8} more" if len(corpora) > 8 else ""
+        names = ", ".join(f"{folder.location}/{name}" for name in corpora[:8])
+        raise ShardError(f"{folder.location} holds prepared folders, choose one of them: {names}{more}")
 
 
 def _open_file(file: TokenFile, eot_first: bool) -> list[Shard]:

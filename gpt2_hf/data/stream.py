@@ -24,16 +24,18 @@ samples sG ... (s + 1)G - 1 for a global batch of G, across the end of an epoch 
 slice of those: no sample depends on how many ranks there are.
 """
 
+import mmap
 import queue
 import threading
 import time
 import weakref
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -143,6 +145,8 @@ class TokenStream:
         # Whole groups stay in memory, and the first part of the next, into which a group's last window may read.
         largest = max(stop - start for start, stop in self._groups)
         self._epoch = lru_cache(maxsize=2)(self._lay_out)
+        # A file that is cut short while it is mapped would end the process without a word when it is read.
+        self._mapped: deque[tuple[Shard, weakref.ref[mmap.mmap]]] = deque(maxlen=largest + 1)
         self._documents = lru_cache(maxsize=largest + 1)(self._order_documents)
         self._windows = lru_cache(maxsize=2)(self._order_windows)
         self._fetch_ahead = lru_cache(maxsize=3)(self._announce)
@@ -162,6 +166,9 @@ class TokenStream:
         if start_sample < 0:
             raise IndexError(f"no sample {start_sample}: samples are counted from 0")
         out = np.empty((n, self.seq_len + 1), dtype=np.uint16)
+        for shard, mapped in self._mapped:
+            if (memory := mapped()) is not None and memory.size() < len(memory):
+                raise ShardError(f"{shard.path} was cut short while it was read: copy it again, then start again")
         for row in range(n):
             self._read_window(*divmod(start_sample + row, self.n_windows), out[row])
         if n and out.max() >= self.vocab_size:
@@ -214,7 +221,13 @@ class TokenStream:
             raise ShardError(f"{shard.path}: the document ends in its index do not increase: prepare the data again")
         order = self._permutation(len(ends), epoch, DOCUMENTS, part)
         new_ends = np.cumsum(lengths[order])
-        return _Documents(shard.tokens(), new_ends, ends[order] - new_ends)
+        tokens = shard.tokens()
+        base: Any = tokens
+        while isinstance(base, np.ndarray):
+            base = base.base
+        if isinstance(base, mmap.mmap):
+            self._mapped.append((shard, weakref.ref(base)))
+        return _Documents(tokens, new_ends, ends[order] - new_ends)
 
 
 class StepLoader(Iterator[torch.Tensor]):

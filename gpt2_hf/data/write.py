@@ -20,15 +20,18 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..program import UserError
 from .audit import ERRORS, EXCERPT, REPORTS_PER_TASK, Tally, add_line_numbers, sentence, write_reports
 from .read import Piece
-from .shards import FORMAT, VERSION
+from .shards import FORMAT, VERSION, sample_digest
 from .tokenizer import EOT, VOCAB_SIZE, bulk_encoder, encode_document
 
 if TYPE_CHECKING:
     from datatrove.data import Document
 
 COPY_TOKENS = 2**23
+LEAST_HELD_OUT = 8192  # tokens of a document that is alone, or a tenth of it: several windows of 1,024
+NEAR = 256  # tokens; so near a line's end is looked for
 # Kept of each document beside its tokens: where it ends, in tokens and in bytes of text; a hash of its text, which
 # decides the split and finds exact copies; whether its id was named for validation; where it was read, for the report.
 RECORD = np.dtype(
@@ -85,7 +88,8 @@ class WriteTokens:
                 raw = text.encode(errors="surrogatepass")  # after the encoder, which makes Python keep a copy of it
                 n_bytes, text_hash = len(raw), hashlib.blake2b(raw, digest_size=8).digest()
                 del raw  # 50 MB, perhaps
-                read.update(documents=1, bytes=n_bytes)
+                if reason != "damaged":  # that is a file, not a document
+                    read.update(documents=1, bytes=n_bytes)
                 if reason is not None:
                     tally.add(reason, place, text, n_bytes)
                     if self.stop:
@@ -124,6 +128,7 @@ class WriteShards:
     tasks: list[list[Piece]] = field(repr=False)
     config: dict[str, Any]
     source: dict[str, Any]
+    unread: dict[str, int] = field(default_factory=dict)  # files by their ending, for the report
     stop: bool = False
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
@@ -140,12 +145,12 @@ class WriteShards:
         if records.dropped.all():
             self._complain_of_nothing(tally)
         if missing := sorted(set(self.split.val_ids) - tally.named):
-            raise ValueError(
+            raise UserError(
                 f"val_ids: found {len(tally.named)} of {len(self.split.val_ids)} documents, not {missing}: check the "
                 "field id, and whether they were dropped"
             )
         splits = self._cut_shards(records, parts)
-        write_reports(out, tally, self.source, splits)
+        write_reports(out, tally, self.source, splits, self.unread)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -186,6 +191,8 @@ class WriteShards:
 
     def _cut_shards(self, records: "_Records", parts: list[Path]) -> dict[str, Any]:
         """Join the parts into the shards of each split; return the manifest's "splits"."""
+        if (kept := np.flatnonzero(~records.dropped)).size == 1 and self.split.val_fraction:
+            return self._divide(records, parts, int(kept[0]))
         last_key = self._last_val_key(records)
         # Equal texts stay together.
         held_out = np.isin(records.hashes, records.hashes[records.named & ~records.dropped])
@@ -217,12 +224,38 @@ class WriteShards:
             )
         return written
 
+    def _divide(self, records: "_Records", parts: list[Path], document: int) -> dict[str, Any]:
+        """One document alone: its end is held out, at a line's end where there is one."""
+        part, index = records.locate(document)
+        rows = read_records(parts[part])
+        begin = int(rows[index - 1]["token_end"]) if index else 0
+        tokens = np.fromfile(parts[part].with_suffix(".ds"), "<u2")[begin : int(rows[index]["token_end"]) - 1]
+        if len(tokens) < 2:
+            raise UserError("there is one document of one token: prepare more text, or pass --val_fraction 0")
+        assert self.split.val_fraction
+        held_out = max(int(len(tokens) * self.split.val_fraction), min(LEAST_HELD_OUT, len(tokens) // 10), 1)
+        cut = len(tokens) - held_out
+        encoder = bulk_encoder()
+        for near in range(cut, max(cut - NEAR, 1), -1):
+            if encoder.decode_single_token_bytes(int(tokens[near - 1])).endswith(b"\n"):
+                cut = near
+                break
+        print(f"one document: its last {len(tokens) - cut:,} of {len(tokens):,} tokens are held out for validation")
+        written = {}
+        for split, share in (("train", tokens[:cut]), ("val", tokens[cut:])):
+            writer = _ShardWriter(Path(self.out), split, self.split.tokens_per_shard)
+            row = np.zeros(1, RECORD)
+            row["token_end"], row["byte_end"] = len(share) + 1, len(encoder.decode_bytes(share.tolist()))
+            writer.write(np.append(share, np.uint16(EOT)).astype("<u2"), row, 0, 1)
+            written[split] = writer.close()
+        return written
+
     def _complain_of_nothing(self, tally: Tally) -> None:
         where = ", ".join(self.config["inputs"]) or self.config["dataset"]
         counts = ", ".join(f"{count:,} {reason}" for reason, count in tally.counts["dropped"].most_common())
         add_line_numbers(tally.reports)
         first = f"; dropped: {counts}; the first: {sentence(tally.reports[0])}" if tally.reports else ""
-        raise ValueError(f"no documents in {where} (text field {self.config['text_field']!r}, --text_field){first}")
+        raise UserError(f"no documents in {where} (text field {self.config['text_field']!r}, --text_field){first}")
 
     def _last_val_key(self, records: "_Records") -> int | None:
         """The largest hash of the documents that go to validation; None when hashes do not decide."""
@@ -276,8 +309,24 @@ def read_records(part: Path) -> np.ndarray:
 def write_json(path: Path, value: Any) -> None:
     """All of it or nothing, whenever the process dies."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=1) + "\n")
+        to_disk(file)
     partial.replace(path)
+    to_disk(path.parent)
+
+
+def to_disk(file: IO[Any] | Path) -> None:
+    """Make an open file, or the names in a folder, outlast a loss of power."""
+    if isinstance(file, Path):
+        folder = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    else:
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class _ShardWriter:
@@ -315,6 +364,8 @@ class _ShardWriter:
         """Finish the last shard; return the split's entry of the manifest."""
         if self.files:
             self._close_shard()
+        to_disk(self.out / self.split)
+        to_disk(self.out)
         totals = {key: sum(shard[key] for shard in self.shards) for key in ("tokens", "documents", "bytes")}
         return totals | {"shards": self.shards}
 
@@ -335,9 +386,12 @@ class _ShardWriter:
 
         assert self.files is not None
         for file in self.files:
+            to_disk(file)
             file.close()
         self.files = None
         shard = self.shards[-1]
+        path = self.out / shard["file"]
+        shard["sha256_of_samples"] = sample_digest(np.memmap(path, "<u2", "r"))
         shard["sha256"], shard["index_sha256"] = (digest.hexdigest() for digest in self.sha256)
         count = shard["tokens"]
         # As datatrove's own writer: tokenizer and bytes per token, tokens, tokens for people.
