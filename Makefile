@@ -11,16 +11,21 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 
 LOWER := .venv-lower
 LOWEST := $(shell sed -n 's/^ *transformers>=//p' setup.cfg).0
 
+# The newest release of everything that setup.cfg admits, over $(VENV) too: what a new installation gets today. PyTorch
+# stays, as its CPU build is another one than the index's newest.
+UPPER := .venv-upper
+
 # Where gpu-check writes what it found.
 OUT ?= runs/gpu-check
 
-.PHONY: help setup demo test test-lower gpu-check lint format clean
+.PHONY: help setup demo test test-lower test-upper gpu-check lint format clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo    train a small GPT-2 on Shakespeare, evaluate it, sample from it (minutes on two cores)"
 	@echo "make test    run the tests; TESTS='tests/test_model.py ...' for some of them"
 	@echo "make test-lower  run them with transformers $(LOWEST), the oldest supported"
+	@echo "make test-upper  run them with the newest release of everything but PyTorch"
 	@echo "make gpu-check   on a GPU, with \$$PYTHON as it is: the GPU's tests, then the benchmark; results in $(OUT)"
 	@echo "make lint    check format, style and types"
 	@echo "make setup   make the virtual environment $(VENV) only"
@@ -53,6 +58,17 @@ $(LOWER)/ready: $(VENV)/ready
 		--target $(LOWER) transformers==$(LOWEST)
 	@touch $@
 
+test-upper: $(VENV)/ready
+	test -x $(UPPER)/bin/python || $(BIN)/python -m venv $(UPPER)
+	@# What is not newer is found in $(VENV); for pip it is installed.
+	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+		> "$$($(UPPER)/bin/python -c 'import site; print(site.getsitepackages()[0])')/beneath.pth"
+	$(UPPER)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		-e '.[data,eval,report,dev]' "torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')"
+	$(UPPER)/bin/python -c 'from importlib.metadata import version as v; print(*(f"{n} {v(n)}" for n in ("torch", \
+		"transformers", "accelerate", "huggingface_hub", "tokenizers", "datasets", "lm_eval", "peft", "trl", "numpy")))'
+	$(subst $(BIN),$(UPPER)/bin,$(PYTEST)) $(TESTS)
+
 # The Python that has the GPU's PyTorch, transformers, accelerate, pytest and jsonargparse; it needs no network.
 gpu-check: export HF_HUB_OFFLINE := 1
 gpu-check: export PYTHONPATH := $(CURDIR)
@@ -81,4 +97,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(LOWER) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWER) $(UPPER) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
