@@ -35,13 +35,14 @@ from .config import RunConfig
 from .data.remote import open_folder
 from .data.shards import ShardSet, open_split
 from .data.stream import StepLoader, TokenStream
-from .data.tokenizer import load_tokenizer
+from .data.tokenizer import load_tokenizer, save_tokenizer
 from .documents import DocumentMask
 from .evaluate import HellaSwag, load_hellaswag, validation_loss
 from .generate import sample_text
 from .metrics import RunLog, Throughput, flops_per_token, peak_memory_gb
 from .model import GPTForCausalLM
 from .model.loss import LossKernels
+from .model.versions import check_loss
 from .optim import build_optimizers, lr_at, set_lr, step_optimizers
 from .report import ReportError, plot_curves, summarize
 
@@ -111,6 +112,8 @@ def train(config: RunConfig) -> Path:
         for step, batch in enumerate(batches, start_step + 1):
             lr_share = lr_at(step - 1, total_steps, config.optim)
             set_lr(bare_optimizers, lr_share)
+            if step == start_step + 1:
+                check_loss(bare_model, batch[0], accelerator.autocast())
             loss, grad_norm = train_step(accelerator, model, bare_optimizers, batch, step - 1, config, documents)
             log.bar.update()
             saving = is_due(config.checkpoint.save_every, step, total_steps)
@@ -527,7 +530,7 @@ def write_model(
 ) -> None:
     """A stock gpt2 folder: weights, configurations, tokenizer."""
     model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder, model.config.n_positions)
 
 
 def seed_dropout(seed: int, step: int, first_sample: int) -> None:

@@ -5,6 +5,7 @@ Shapes in comments: B batch, T positions (query), S positions (key), C channels,
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import fields
 from typing import Any
@@ -27,6 +28,7 @@ from .attention import eager_attention
 from .configuration_gpt import GPTConfig
 from .hub import HubModel
 from .loss import linear_cross_entropy
+from .versions import check_generation
 
 # Backends that are causal by themselves when no mask is given. The others need the mask as a tensor or block mask.
 _CAUSAL_WITHOUT_MASK = ("sdpa", "blockwise", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -223,6 +225,7 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
     """GPT-2 with its language-modelling head: reads and writes stock ``gpt2`` checkpoints."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
+    _generation_is_checked = False
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
@@ -291,7 +294,16 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            **{_CACHE: out[_CACHE] if _CACHE in out else None},
+            **{_CACHE: out.get(_CACHE)},
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        generate: Any = super().generate  # type: ignore[misc]  # transformers wants a protocol of the class
+        if not self._generation_is_checked:
+            check_generation(self, generate)
+            self._generation_is_checked = True
+        return generate(*args, **kwargs)
+
+    functools.update_wrapper(generate, GenerationMixin.generate)
