@@ -1,6 +1,10 @@
 """Versions: one table of what was tested, and what happens with a release that is newer."""
 
+import inspect
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from configparser import ConfigParser
 from pathlib import Path
@@ -10,6 +14,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 from test_model import pair
+from transformers import GenerationMixin
 
 from gpt2_hf.model import GPTForCausalLM, modeling_gpt, versions
 from gpt2_hf.model.modeling_gpt import GPTModel
@@ -168,9 +173,28 @@ def test_another_loss_than_stocks_is_an_error_that_names_the_versions(what, bf16
         check_loss(ours, WINDOWS, torch.autocast("cpu", torch.bfloat16, enabled=bf16))
 
 
+def test_code_that_travelled_names_the_version_that_it_needs(tmp_path):
+    """Under an older transformers, which knows its own version by its metadata."""
+    pair()[0].save_pretrained(tmp_path / "model", with_code=True)
+    program = f"""
+import importlib.metadata, sys
+class Hide:
+    def find_spec(self, name, *rest):
+        if name.split('.')[0] == 'gpt2_hf': raise ImportError(name)
+sys.meta_path.insert(0, Hide())
+from transformers import AutoModelForCausalLM
+installed = importlib.metadata.version
+importlib.metadata.version = lambda name: '5.0.0' if name == 'transformers' else installed(name)
+try:
+    AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
+except ImportError as error:
+    print(error)
+"""
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert f"transformers>={OLDEST['transformers']}" in result.stdout, result.stderr
+    assert "5.0.0" in result.stdout and "stock GPT-2" in result.stdout
+
+
 def test_generate_has_the_signature_of_transformers():
-    import inspect
-
-    from transformers import GenerationMixin
-
     assert inspect.signature(GPTForCausalLM.generate) == inspect.signature(GenerationMixin.generate)

@@ -12,8 +12,16 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GPT2Config
 from transformers.activations import ACT2FN
+from transformers.utils.versions import require_version
 
 from .hub import HubConfig
+from .versions import OLDEST
+
+# Here, where code that has travelled is read first; older versions don't find what a file's imports import.
+require_version(
+    f"transformers>={OLDEST['transformers']}",
+    "Without trust_remote_code=True the same weights load as stock GPT-2 in any version.",
+)
 
 # OpenAI's four sizes (Radford et al. 2019, table 2); "gpt2" is the 124M model.
 PRESETS = {

@@ -16,9 +16,6 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils.versions import require_version
-
-from .versions import OLDEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as ConfigBase
@@ -34,10 +31,6 @@ AUTO_MAP = {
 }
 # LayerNorm's names in files that came from TensorFlow.
 OLD_NAMES = {r"(ln_\w)\.gamma$": r"\1.weight", r"(ln_\w)\.beta$": r"\1.bias"}
-require_version(
-    f"transformers>={OLDEST['transformers']}",
-    "Without trust_remote_code=True the same weights load as stock GPT-2 in any version.",
-)
 # By this list of class names Trainer knows that smoothed labels need shifting, and pipelines what they support.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gpt2_hf"] = "GPTForCausalLM"
 
@@ -171,8 +164,9 @@ class HubModel(ModelBase):
             raise ValueError(f"cannot load {name}: it lacks {len(missing)} of the model's weights ({missing[0]}, ...)")
         if info["mismatched_keys"] and not ignore_mismatched_sizes:
             key, found, expected = min(info["mismatched_keys"])
+            advice = f": vocab_size={found[0]} loads them all" if key.endswith(("wte.weight", "lm_head.weight")) else ""
             raise ValueError(
-                f"cannot load {name}: {key} is {tuple(found)} in the file and {tuple(expected)} by config.json"
+                f"cannot load {name}: {key} is {tuple(found)} in the file and {tuple(expected)} by config.json{advice}"
             )
         # Saving would give the old names back.
         conversions = getattr(model, "_weight_conversions", None) or []
