@@ -14,6 +14,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 from test_model import pair
+from test_train import clean_state, data, losses, run, tiny  # noqa: F401  the first two are fixtures
 from transformers import GenerationMixin
 
 from gpt2_hf.model import GPTForCausalLM, modeling_gpt, versions
@@ -198,3 +199,23 @@ except ImportError as error:
 
 def test_generate_has_the_signature_of_transformers():
     assert inspect.signature(GPTForCausalLM.generate) == inspect.signature(GenerationMixin.generate)
+
+
+def test_a_run_with_a_newer_release_has_the_same_curve(tmp_path, request, monkeypatch):
+    shards = request.getfixturevalue("data")
+    changes = {"model__dropout": 0.2, "train__steps": 3}
+    expected = losses(run(tiny(shards, tmp_path / "a", **changes)))
+    request.getfixturevalue("newer")
+    compared = []
+    monkeypatch.setattr(versions, "_compare", lambda what, *_: compared.append(what))
+    assert losses(run(tiny(shards, tmp_path / "b", **changes))) == expected
+    assert len(compared) == 1
+
+
+def test_a_run_stops_where_its_loss_is_another_than_stocks(tmp_path, request, newer, monkeypatch):
+    right = modeling_gpt.linear_cross_entropy
+    monkeypatch.setattr(
+        modeling_gpt, "linear_cross_entropy", lambda x, w, labels, *rest: right(x, w, labels.roll(1, 1), *rest)
+    )
+    with pytest.raises(ImportError, match="the training loss differs"):
+        run(tiny(request.getfixturevalue("data"), tmp_path / "run"))
