@@ -11,8 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 
 LOWER := .venv-lower
 LOWEST := $(shell sed -n 's/^ *transformers>=//p' setup.cfg).0
 
-# The newest release of everything that setup.cfg admits, over $(VENV) too: what a new installation gets today. PyTorch
-# stays, as its CPU build is another one than the index's newest.
+# What has been released since constraints.txt was written is laid over $(VENV), PyTorch apart.
 UPPER := .venv-upper
 
 # Where gpu-check writes what it found.
@@ -25,7 +24,7 @@ help:
 	@echo "make demo    train a small GPT-2 on Shakespeare, evaluate it, sample from it (minutes on two cores)"
 	@echo "make test    run the tests; TESTS='tests/test_model.py ...' for some of them"
 	@echo "make test-lower  run them with transformers $(LOWEST), the oldest supported"
-	@echo "make test-upper  run them with the newest release of everything but PyTorch"
+	@echo "make test-upper  run them with the newest releases that setup.cfg admits, looked up now"
 	@echo "make gpu-check   on a GPU, with \$$PYTHON as it is: the GPU's tests, then the benchmark; results in $(OUT)"
 	@echo "make lint    check format, style and types"
 	@echo "make setup   make the virtual environment $(VENV) only"
@@ -58,16 +57,15 @@ $(LOWER)/ready: $(VENV)/ready
 		--target $(LOWER) transformers==$(LOWEST)
 	@touch $@
 
-test-upper: $(VENV)/ready
-	test -x $(UPPER)/bin/python || $(BIN)/python -m venv $(UPPER)
-	@# What is not newer is found in $(VENV); for pip it is installed.
-	$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
-		> "$$($(UPPER)/bin/python -c 'import site; print(site.getsitepackages()[0])')/beneath.pth"
-	$(UPPER)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
-		-e '.[data,eval,report,dev]' "torch==$$($(BIN)/python -c 'from importlib.metadata import version; print(version("torch"))')"
-	$(UPPER)/bin/python -c 'from importlib.metadata import version as v; print(*(f"{n} {v(n)}" for n in ("torch", \
-		"transformers", "accelerate", "huggingface_hub", "tokenizers", "datasets", "lm_eval", "peft", "trl", "numpy")))'
-	$(subst $(BIN),$(UPPER)/bin,$(PYTEST)) $(TESTS)
+test-upper: setup
+	rm -rf $(UPPER) && mkdir $(UPPER)
+	grep -E '^torch==' constraints.txt > $(UPPER)/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --dry-run --upgrade --upgrade-strategy eager \
+		-c $(UPPER)/constraints.txt -e '.[data,eval,report,dev]' --report $(UPPER)/report.json
+	$(BIN)/python -c 'import json, sys; [print(m["name"] + "==" + m["version"]) for p in json.load(sys.stdin)["install"] \
+		if (m := p["metadata"])["name"] not in ("gpt2_hf", "gpt2-hf")]' < $(UPPER)/report.json | tee $(UPPER)/newer.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(UPPER) -r $(UPPER)/newer.txt
+	PYTHONPATH=$(CURDIR)/$(UPPER) $(PYTEST) $(TESTS)
 
 # The Python that has the GPU's PyTorch, transformers, accelerate, pytest and jsonargparse; it needs no network.
 gpu-check: export HF_HUB_OFFLINE := 1

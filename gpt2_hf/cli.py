@@ -2,41 +2,48 @@
 
 Precedence: defaults < recipe (``--config FILE``) < command line (``--section.name value``), wherever ``--config``
 stands. Unknown keys are refused; whole numbers may be written 1e6, lists a,b, and dashes for underscores. Text stays
-as it is written: only in a recipe, null is no text, and a list a,b is one item if a file has that name.
+as it is written: only in a recipe, null is no text, and a list a,b is one item if a file has that name. Of YAML's own
+readings (1:30 is 90, 010 is 8, the last of two equal keys wins) a recipe has none.
 """
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import difflib
 import glob
 import json
+import math
 import os
+import re
 import sys
 import types
+from collections.abc import Hashable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .program import UserError, fail
+from .knobs import LARGEST, ConfigError, limit_of, shown
+from .program import fail
 
 ConfigT = TypeVar("ConfigT")
 
 # Stands before text for a knob that may also be None: there jsonargparse reads YAML, where "---" or "~" is None.
 TEXT = "\0"
+NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
+SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+BYTE_ORDER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-class ConfigError(UserError):
-    """A setting that cannot work; the message is one line that says what to do."""
-
-
-def field_types(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> annotation of every knob of a (nested) dataclass."""
+def field_types(cls: type, prefix: str = "", include_extras: bool = False) -> dict[str, Any]:
+    """Dotted name -> annotation of every knob of a (nested) dataclass; ``include_extras``: with their limits."""
     found: dict[str, Any] = {}
-    for name, annotation in get_type_hints(cls).items():
+    hints = get_type_hints(cls, include_extras=include_extras)
+    for name, annotation in ((field.name, hints[field.name]) for field in dataclasses.fields(cls)):
         if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-            found |= field_types(annotation, f"{prefix}{name}.")
+            found |= field_types(annotation, f"{prefix}{name}.", include_extras)
         else:
             found[prefix + name] = annotation
     return found
@@ -61,19 +68,28 @@ def parse_cli(cls: type[ConfigT], argv: list[str] | None = None, positional: str
     )
     parser.add_argument("--config", metavar="FILE", help="Recipe (YAML) to start from; later arguments override it.")
     try:
-        typed = field_types(cls)
+        typed, hints = field_types(cls), getattr(cls, "HINTS", {})
         recipes, overrides = _split_recipes(argv)
         if positional:
             overrides = _name_positionals(overrides, positional)
-        flags = [flag for path in recipes for flag in _recipe_flags(Path(path), typed)]
-        flags += [_plain_value(flag, typed) for flag in _join_values(overrides, typed)]
+        flags = [flag for path in recipes for flag in _recipe_flags(Path(path), typed, hints)]
+        flags += [_plain_value(flag, typed) for flag in _join_values(overrides, typed, hints)]
         parser.add_class_arguments(cls, None, as_group=False)
+        _show_limits(parser, cls)
         parsed = parser.parse_args(flags)
         values = parsed.clone().as_dict()
         values.pop("config", None)
         return _build(cls, values)
     except (jsonargparse.ArgumentError, ConfigError, OSError) as error:
         fail(error)
+
+
+def _show_limits(parser: Any, cls: type) -> None:
+    """Add to each knob's help what its annotation says of it."""
+    limits = {name: limit_of(hint) for name, hint in field_types(cls, include_extras=True).items()}
+    for action in parser._actions:
+        if limit := limits.get(action.dest):
+            action.help = f"{action.help} [{limit}]"
 
 
 def _split_recipes(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -101,40 +117,73 @@ def _name_positionals(argv: list[str], name: str) -> list[str]:
     return [f"--{name}={json.dumps(bare, ensure_ascii=False)}", *argv] if bare else argv
 
 
-def _recipe_flags(path: Path, typed: dict[str, Any]) -> list[str]:
-    """A recipe as command-line flags, so that one code path reads both."""
+class _Recipe(yaml.SafeLoader):
+    """YAML whose plain scalars are text or, written null, ~ or nothing, None; keys stand once."""
+
+    yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}
+
+    def construct_scalar(self, node: Any) -> Any:
+        text = super().construct_scalar(node)
+        return None if node.style is None and text in ("", "~", "null", "Null", "NULL") else text
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise ConfigError(f"line {key.start_mark.line + 1}: {shown(key.value)} stands there a second time")
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
     try:
-        content = path.read_text()
-        recipe = yaml.safe_load(content) or {}
-        written = yaml.load(content, yaml.BaseLoader) or {}  # the same with all values as text
+        raw = path.read_bytes()
     except FileNotFoundError:
         raise ConfigError(f"no recipe {path}; see the folder recipes/") from None
-    except yaml.YAMLError as error:
+    except (OSError, ValueError) as error:  # a NUL character in the name is a ValueError
+        raise ConfigError(f"the recipe {shown(str(path))} cannot be read ({error})") from None
+    try:
+        recipe = yaml.load(raw.decode("utf-8-sig"), _Recipe)
+    except UnicodeDecodeError as error:
+        kind = "UTF-16" if raw.startswith(BYTE_ORDER_MARKS) else "Latin-1, perhaps"
+        raise ConfigError(f"{path} is not UTF-8 (byte {error.start} cannot be; {kind}): save it as UTF-8") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not YAML: {error}") from None
-    if not isinstance(recipe, dict):
+    if recipe is not None and not isinstance(recipe, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections, not {type(recipe).__name__}")
+    return recipe or {}
+
+
+def _recipe_flags(path: Path, typed: dict[str, Any], hints: dict[str, str]) -> list[str]:
+    """A recipe as command-line flags, so that one code path reads both."""
     flags = []
 
-    def walk(node: dict[str, Any], written: dict[str, Any], prefix: str) -> None:
+    def walk(node: dict[str, Any], prefix: str) -> None:
         for key, value in node.items():
-            name, as_written = f"{prefix}{key}", written.get(key, value)  # `value` where << merges mappings
-            if isinstance(value, dict):
-                walk(value, as_written, f"{name}.")
+            name = f"{prefix}{key}"
+            is_section = any(known.startswith(f"{name}.") for known in typed)
+            if is_section and isinstance(value, dict | None):
+                walk(value or {}, f"{name}.")
                 continue
-            _check_known(name, typed, f"{path}: ")
+            if is_section:
+                raise ConfigError(f"{path}: {name} is a section, and is {shown(value)}: give it keys of its own")
+            _check_known(name, typed, f"{path}: ", hints)
             if value is None:
+                if type(None) not in get_args(typed[name]):
+                    raise ConfigError(f"{path}: {name} is empty: give it a value, or leave it out")
                 flags.append(f"--{name}=null")
                 continue
-            if _is_text(typed[name]):  # YAML would make 42798 of the commit 0123456, and True of on
-                value = as_written
             text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
             flags.append(_plain_value(f"--{name}={text}", typed))
 
-    walk(recipe, written, "")
+    walk(_read_recipe(path), "")
     return flags
 
 
-def _join_values(argv: list[str], typed: dict[str, Any]) -> list[str]:
+def _join_values(argv: list[str], typed: dict[str, Any], hints: dict[str, str]) -> list[str]:
     """``--name value`` as ``--name=value``, refusing names that do not exist."""
     joined: list[str] = []
     items = iter(argv)
@@ -144,7 +193,7 @@ def _join_values(argv: list[str], typed: dict[str, Any]) -> list[str]:
             continue
         name, equals, value = item[2:].partition("=")
         name = name.replace("-", "_")  # --on-error is --on_error
-        _check_known(name, typed, "")
+        _check_known(name, typed, "", hints)
         if not equals:
             given = next(items, None)
             if given is None:
@@ -154,12 +203,15 @@ def _join_values(argv: list[str], typed: dict[str, Any]) -> list[str]:
     return joined
 
 
-def _check_known(name: str, typed: dict[str, Any], where: str) -> None:
+def _check_known(name: str, typed: dict[str, Any], where: str, hints: dict[str, str]) -> None:
     if name in typed:
         return
+    leaf = name.rpartition(".")[2]
+    if leaf in hints:
+        raise ConfigError(f"{where}unknown key {shown(name)}: {hints[leaf]}")
     by_leaf = {known.rpartition(".")[2]: known for known in typed}
     close = difflib.get_close_matches(name, typed, 1, 0.75) or [
-        by_leaf[leaf] for leaf in difflib.get_close_matches(name.rpartition(".")[2], by_leaf, 1)
+        by_leaf[leaf] for leaf in difflib.get_close_matches(leaf, by_leaf, 1, 0.7)
     ]
     raise ConfigError(f"{where}unknown key {name!r}{f'; did you mean {close[0]!r}?' if close else '; see --help'}")
 
@@ -170,23 +222,43 @@ def _is_text(annotation: Any) -> bool:
 
 
 def _plain_value(flag: str, typed: dict[str, Any]) -> str:
-    """Write 1e6 or 1_000_000 as 1000000 where a whole number is wanted, and a,b as ["a", "b"] where a list is."""
+    """Write a value so that jsonargparse can read it in one way only. Raises ConfigError when it cannot be one."""
     name, _, text = flag[2:].partition("=")
-    annotation = typed.get(name)
-    if get_origin(annotation) in (tuple, list) and text:
+    if name not in typed:  # --help, or a stray word for jsonargparse to refuse
+        return flag
+    annotation = typed[name]
+    if get_origin(annotation) in (tuple, list):
         if _is_text(annotation):
-            return f"--{name}={json.dumps(_list_of_text(text), ensure_ascii=False)}"
-        return flag if text[0] in "[(" else f"--{name}=[{text}]"
-    if _is_text(annotation) and type(None) in get_args(annotation):
-        return f"--{name}={TEXT}{text}"
-    wanted = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    if int not in wanted or float in wanted:
+            return f"--{name}={json.dumps(_list_of_text(text), ensure_ascii=False)}" if text else flag
+        items = text.strip().removeprefix("[").removeprefix("(").removesuffix("]").removesuffix(")").split(",")
+        numbers = [_number(name, item.strip(" \"'"), float) for item in items]
+        return f"--{name}=[{', '.join(numbers)}]"
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    if type(None) in kinds and text == "null" and not _is_text(annotation):
         return flag
-    try:
-        number = float(text)
-    except ValueError:
-        return flag
-    return f"--{name}={int(number)}" if number.is_integer() else flag
+    if _is_text(annotation):
+        return f"--{name}={TEXT}{text}" if type(None) in kinds else flag
+    if bool in kinds:
+        if text.lower() not in SWITCH:
+            raise ConfigError(f"{name} is {shown(text)}: give true or false")
+        return f"--{name}={json.dumps(SWITCH[text.lower()])}"
+    return f"--{name}={_number(name, text, float if float in kinds else int)}"
+
+
+def _number(name: str, text: str, kind: type) -> str:
+    what = "whole number" if kind is int else "number"
+    is_octal = re.match(r"[+-]?0[\d_]", text)
+    if len(text) > 100 or not NUMBER.fullmatch(text) or is_octal:
+        raise ConfigError(f"{name} is {shown(text)}: give a {what}" + (" without 0 before it" if is_octal else ""))
+    if kind is float:
+        value = float(text.replace("_", ""))
+        if math.isinf(value):
+            raise ConfigError(f"{name} is {shown(text)}: too large for a number")
+        return repr(value)
+    exact = Decimal(text.replace("_", ""))
+    if abs(exact) > LARGEST or exact != exact.to_integral_value():
+        raise ConfigError(f"{name} is {shown(text)}: give a whole number" + (", not so large" * (abs(exact) > LARGEST)))
+    return str(int(exact))
 
 
 def _list_of_text(text: str) -> Any:

@@ -6,21 +6,22 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Annotated, ClassVar, Literal
 
 import yaml
 
-from .cli import ConfigError
+from .knobs import ConfigError, Knobs, PathName, Range
 from .model.configuration_gpt import GPTConfig
 
-ConfigT = TypeVar("ConfigT")
+Count = Annotated[int, Range(1)]
+Interval = Annotated[int, Range(0)]  # in steps; 0 is never
 
 # Attention backends that can be told where documents end.
 MASKS_DOCUMENTS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
 
 @dataclass(frozen=True)
-class ModelSection:
+class ModelSection(Knobs):
     """The network.
 
     Args:
@@ -34,13 +35,15 @@ class ModelSection:
         attn_implementation: auto, or a name that transformers knows: sdpa, eager, flex_attention, flash_attention_2...
     """
 
+    _prefix: ClassVar[str] = "model."
+
     preset: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"
-    n_layer: int | None = None
-    n_head: int | None = None
-    n_embd: int | None = None
-    n_positions: int | None = None
-    vocab_size: int | None = None
-    dropout: float = 0.0
+    n_layer: Count | None = None
+    n_head: Count | None = None
+    n_embd: Count | None = None
+    n_positions: Count | None = None
+    vocab_size: Count | None = None
+    dropout: Annotated[float, Range(0, below=1)] = 0.0
     attn_implementation: str = "auto"
 
     def gpt_config(self) -> GPTConfig:
@@ -55,7 +58,7 @@ class ModelSection:
 
 
 @dataclass(frozen=True)
-class DataSection:
+class DataSection(Knobs):
     """The tokens.
 
     Args:
@@ -68,16 +71,18 @@ class DataSection:
         cache_gb: at most so many 10^9 bytes of them.
     """
 
-    path: str = "data/fineweb_edu_10bt"
-    seq_len: int = 1024
+    _prefix: ClassVar[str] = "data."
+
+    path: Annotated[str, PathName(remote=True)] = "data/fineweb_edu_10bt"
+    seq_len: Annotated[int, Range(1, 10**6)] = 1024
     document_mask: bool = False
     verify: bool = False
-    cache_dir: str | None = None
-    cache_gb: float = 50.0
+    cache_dir: Annotated[str, PathName()] | None = None
+    cache_gb: Annotated[float, Range(above=0)] = 50.0
 
 
 @dataclass(frozen=True)
-class OptimSection:
+class OptimSection(Knobs):
     """The update.
 
     Args:
@@ -95,22 +100,24 @@ class OptimSection:
         min_lr_ratio: floor of the learning rate, as a share of its peak; it stays there after the last step.
     """
 
+    _prefix: ClassVar[str] = "optim."
+
     name: Literal["adamw", "muon"] = "adamw"
-    lr: float = 6e-4
-    muon_lr: float = 6e-4
-    muon_momentum: float = 0.95
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
+    lr: Annotated[float, Range(above=0)] = 6e-4
+    muon_lr: Annotated[float, Range(above=0)] = 6e-4
+    muon_momentum: Annotated[float, Range(0, below=1)] = 0.95
+    betas: tuple[Annotated[float, Range(0, below=1)], Annotated[float, Range(0, below=1)]] = (0.9, 0.95)
+    eps: Annotated[float, Range(above=0)] = 1e-8
+    weight_decay: Annotated[float, Range(0)] = 0.1
+    max_grad_norm: Annotated[float, Range(above=0)] = 1.0
     schedule: Literal["cosine", "trapezoid"] = "cosine"
-    warmup_steps: int = 715
-    decay_ratio: float = 0.3
-    min_lr_ratio: float = 0.1
+    warmup_steps: Interval = 715
+    decay_ratio: Annotated[float, Range(above=0, at_most=1)] = 0.3
+    min_lr_ratio: Annotated[float, Range(0, 1)] = 0.1
 
 
 @dataclass(frozen=True)
-class TrainSection:
+class TrainSection(Knobs):
     """The loop.
 
     Args:
@@ -129,23 +136,25 @@ class TrainSection:
         trackers: any of tensorboard, wandb, trackio, through Accelerate.
     """
 
-    run_dir: str = "runs/gpt2_124m"
-    steps: int = 19_073
-    global_batch_tokens: int = 524_288
-    micro_batch_size: int = 64
-    seed: int = 1337
+    _prefix: ClassVar[str] = "train."
+
+    run_dir: Annotated[str, PathName()] = "runs/gpt2_124m"
+    steps: Annotated[int, Range(1, 10**9)] = 19_073
+    global_batch_tokens: Annotated[int, Range(1, 10**12)] = 524_288
+    micro_batch_size: Annotated[int, Range(1, 10**6)] = 64
+    seed: Annotated[int, Range(0)] = 1337
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     tf32: bool = True
     deterministic: bool = False
     gradient_checkpointing: bool = False
     overfit_batch: bool = False
-    log_every: int = 10
+    log_every: Count = 10
     trackers: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class EvalSection:
+class EvalSection(Knobs):
     """What is measured on the way. An interval of 0 turns a measurement off; each is also taken after the last step.
 
     Args:
@@ -159,18 +168,20 @@ class EvalSection:
         sample_tokens: new tokens per sample.
     """
 
-    val_every: int = 250
-    val_tokens: int = 10_485_760
-    hellaswag_every: int = 250
-    hellaswag_items: int = 10_042
-    sample_every: int = 250
+    _prefix: ClassVar[str] = "eval."
+
+    val_every: Interval = 250
+    val_tokens: Count = 10_485_760
+    hellaswag_every: Interval = 250
+    hellaswag_items: Annotated[int, Range(1, 10_042)] = 10_042
+    sample_every: Interval = 250
     sample_prompt: str = "Hello, I'm a language model,"
-    sample_count: int = 4
-    sample_tokens: int = 32
+    sample_count: Annotated[int, Range(1, 1000)] = 4
+    sample_tokens: Count = 32
 
 
 @dataclass(frozen=True)
-class CheckpointSection:
+class CheckpointSection(Knobs):
     """What is kept.
 
     Args:
@@ -179,14 +190,40 @@ class CheckpointSection:
         keep_every: checkpoints at multiples of this many steps stay for good (0: none).
     """
 
-    save_every: int = 1000
-    keep_last: int = 2
-    keep_every: int = 0
+    _prefix: ClassVar[str] = "checkpoint."
+
+    save_every: Interval = 1000
+    keep_last: Count = 2
+    keep_every: Interval = 0
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """Pretrain GPT-2 by a recipe. (Raises ConfigError when the parts do not fit together.)"""
+class RunConfig(Knobs):
+    """Pretrain GPT-2 by a recipe.
+
+    Raises:
+        ConfigError: when the parts do not fit together.
+    """
+
+    # Other programs' names, and what to say to them.
+    HINTS: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("learning_rate", "max_lr"), "use optim.lr"),
+        **dict.fromkeys(
+            ("batch_size", "device_batch_size", "per_device_train_batch_size"), "use train.micro_batch_size"
+        ),
+        **dict.fromkeys(("total_batch_size", "train_batch_size"), "use train.global_batch_tokens, in tokens"),
+        **dict.fromkeys(
+            ("gradient_accumulation_steps", "grad_accum_steps"), "it follows from train.global_batch_tokens"
+        ),
+        **dict.fromkeys(("max_steps", "max_iters", "num_iterations"), "use train.steps"),
+        **dict.fromkeys(("epochs", "num_train_epochs"), "use train.steps; the epochs that makes are printed"),
+        **dict.fromkeys(("block_size", "sequence_length", "max_seq_length", "context_length"), "use data.seq_len"),
+        **dict.fromkeys(("out_dir", "output_dir"), "use train.run_dir"),
+        **dict.fromkeys(("grad_clip", "gradient_clipping"), "use optim.max_grad_norm"),
+        **dict.fromkeys(("wandb", "report_to", "wandb_log"), "use --train.trackers '[wandb]'"),
+        **dict.fromkeys(("resume", "resume_from_checkpoint", "init_from"), "a run resumes by itself: start it again"),
+        **dict.fromkeys(("dtype", "mixed_precision", "bf16", "fp16"), "use train.precision"),
+    }
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
@@ -196,35 +233,7 @@ class RunConfig:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
 
     def __post_init__(self) -> None:
-        positive = {
-            "data.seq_len": self.data.seq_len,
-            "train.steps": self.train.steps,
-            "train.global_batch_tokens": self.train.global_batch_tokens,
-            "train.micro_batch_size": self.train.micro_batch_size,
-            "train.log_every": self.train.log_every,
-            "optim.lr": self.optim.lr,
-            "optim.max_grad_norm": self.optim.max_grad_norm,
-            "checkpoint.keep_last": self.checkpoint.keep_last,
-            "eval.val_tokens": self.eval.val_tokens,
-            "eval.sample_count": self.eval.sample_count,
-            "eval.sample_tokens": self.eval.sample_tokens,
-        }
-        for name, value in positive.items():
-            if value <= 0:
-                raise ConfigError(f"{name} must be positive, not {value}")
-        at_least_0 = {
-            f"{section}.{name}": value
-            for section in ("optim", "eval", "checkpoint")
-            for name, value in dataclasses.asdict(getattr(self, section)).items()
-            if isinstance(value, int | float)
-        }
-        for name, value in at_least_0.items():
-            if value < 0:
-                raise ConfigError(f"{name} must not be negative, is {value}")
-        if not 0 <= self.model.dropout < 1:
-            raise ConfigError(f"model.dropout must be in [0, 1), is {self.model.dropout}")
-        if not 1 <= self.eval.hellaswag_items <= 10_042:
-            raise ConfigError(f"eval.hellaswag_items must be 1 to 10042 (all), is {self.eval.hellaswag_items}")
+        super().__post_init__()
         if self.data.document_mask and self.model.attn_implementation not in ("auto", *MASKS_DOCUMENTS):
             raise ConfigError(
                 f"data.document_mask does not work with model.attn_implementation {self.model.attn_implementation}; "
@@ -247,18 +256,32 @@ class RunConfig:
         unit = train.micro_batch_size * seq_len * world_size
         if train.global_batch_tokens % unit == 0:
             return train.global_batch_tokens // unit
-        below, above = (f(train.global_batch_tokens / unit) * unit for f in (math.floor, math.ceil))
+        below = train.global_batch_tokens // unit * unit
         message = (
             f"train.global_batch_tokens {train.global_batch_tokens} is not a multiple of micro_batch_size x seq_len x "
             f"processes = {train.micro_batch_size} x {seq_len} x {world_size} = {unit}; the nearest that work are "
-            + " and ".join(str(size) for size in (below, above) if size)
+            + " and ".join(str(size) for size in (below, below + unit) if size)
         )
         per_process, rest = divmod(train.global_batch_tokens, seq_len * world_size)
         if rest == 0:
-            sizes = [b for b in range(1, per_process + 1) if per_process % b == 0]
+            small = [b for b in range(1, math.isqrt(per_process) + 1) if per_process % b == 0]
+            sizes = {*small, *(per_process // b for b in small)}
             nearest = sorted(sizes, key=lambda b: abs(b - train.micro_batch_size))[:2]
             message += f"; or keep it and use train.micro_batch_size {' or '.join(map(str, sorted(nearest)))}"
         raise ConfigError(message)
+
+    def remarks(self) -> list[str]:
+        """What is possible and odd, a line each."""
+        found = []
+        if self.optim.warmup_steps >= self.train.steps:
+            found.append(
+                f"optim.warmup_steps {self.optim.warmup_steps} is not below train.steps {self.train.steps}: the "
+                f"learning rate only rises"
+            )
+        save, keep = self.checkpoint.save_every, self.checkpoint.keep_every
+        if keep and (not save or keep % save):
+            found.append(f"checkpoint.keep_every {keep} is no multiple of checkpoint.save_every {save}: it keeps less")
+        return found
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(self))), sort_keys=False)

@@ -30,7 +30,6 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from . import checkpoint, hardware
-from .cli import ConfigError
 from .config import RunConfig
 from .data.remote import open_folder
 from .data.shards import ShardSet, open_split
@@ -39,10 +38,11 @@ from .data.tokenizer import load_tokenizer, save_tokenizer
 from .documents import DocumentMask
 from .evaluate import HellaSwag, load_hellaswag, validation_loss
 from .generate import sample_text
+from .knobs import ConfigError
 from .metrics import RunLog, Throughput, flops_per_token, peak_memory_gb
 from .model import GPTForCausalLM
 from .model.loss import LossKernels
-from .model.versions import check_loss
+from .model.versions import check_first_step
 from .optim import build_optimizers, lr_at, set_lr, step_optimizers
 from .report import ReportError, plot_curves, summarize
 
@@ -86,6 +86,7 @@ def train(config: RunConfig) -> Path:
     documents = build_document_mask(config, train_data, bare_model, precision)
     throughput = build_throughput(config, accelerator, bare_model, precision)
     log = open_log(config, accelerator, start_step, train_data, precision)
+    check_first_step(bare_model)
 
     def save(step: int) -> None:
         optimizer_state = checkpoint.trainer_state(bare_model, bare_optimizers)
@@ -112,8 +113,6 @@ def train(config: RunConfig) -> Path:
         for step, batch in enumerate(batches, start_step + 1):
             lr_share = lr_at(step - 1, total_steps, config.optim)
             set_lr(bare_optimizers, lr_share)
-            if step == start_step + 1:
-                check_loss(bare_model, batch[0], accelerator.autocast())
             loss, grad_norm = train_step(accelerator, model, bare_optimizers, batch, step - 1, config, documents)
             log.bar.update()
             saving = is_due(config.checkpoint.save_every, step, total_steps)

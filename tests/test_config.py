@@ -8,8 +8,9 @@ from typing import Literal
 import pytest
 import yaml
 
-from gpt2_hf.cli import ConfigError, parse_cli
+from gpt2_hf.cli import parse_cli
 from gpt2_hf.config import RunConfig, TrainSection
+from gpt2_hf.knobs import ConfigError
 
 RECIPES = sorted(Path(__file__).parent.parent.glob("recipes/*.yaml"))
 
@@ -56,7 +57,7 @@ def test_numbers_as_people_write_them():
         (["--train.steps", "1.5"], "train.steps"),
         (["--train.steps"], "needs a value"),
         (["--optim.name", "sgd"], "optim.name"),
-        (["--train.steps", "0"], "must be positive, not 0"),
+        (["--train.steps", "0"], "train.steps is 0, and must be >= 1"),
         (["--data.seq_len", "2048"], "longer than the model's 1024 positions"),
         (["--model.n_head", "7"], "multiple of n_head"),
         (["--config", "nowhere.yaml"], "no recipe nowhere.yaml"),

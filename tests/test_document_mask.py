@@ -20,12 +20,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gpt2_hf import documents, hardware
 from gpt2_hf import train as training
-from gpt2_hf.cli import ConfigError
 from gpt2_hf.config import DataSection, EvalSection, ModelSection, RunConfig
 from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.stream import TokenStream
 from gpt2_hf.documents import DocumentMask, block_mask, cumulative_lengths, dense_mask, document_positions
 from gpt2_hf.evaluate import evaluate_folder, validation_loss
+from gpt2_hf.knobs import ConfigError
 from gpt2_hf.metrics import read_rows
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from test_stream import reference_epoch
 
-from gpt2_hf.cli import ConfigError, parse_cli
+from gpt2_hf.cli import parse_cli
 from gpt2_hf.config import RunConfig
 from gpt2_hf.data import inspection as module
 from gpt2_hf.data.inspection import first_batch, inspect_data
 from gpt2_hf.data.inspection_text import draw_lengths, render
 from gpt2_hf.data.shards import ShardError, open_split
 from gpt2_hf.data.tokenizer import EOT, load_tokenizer
+from gpt2_hf.knobs import ConfigError
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "inspect_data.py"
 TEXTS = [

@@ -20,10 +20,10 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gpt2_hf import train as training
-from gpt2_hf.cli import ConfigError
 from gpt2_hf.config import RunConfig
 from gpt2_hf.data.shards import ShardError
 from gpt2_hf.data.stream import TokenStream
+from gpt2_hf.knobs import ConfigError
 from gpt2_hf.metrics import Throughput, read_rows
 from gpt2_hf.model.loss import LossKernels
 from gpt2_hf.train import advice_on_memory, lock_folder, train, train_step

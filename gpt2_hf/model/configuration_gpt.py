@@ -15,11 +15,10 @@ from transformers.activations import ACT2FN
 from transformers.utils.versions import require_version
 
 from .hub import HubConfig
-from .versions import OLDEST
 
-# Here, where code that has travelled is read first; older versions don't find what a file's imports import.
+# Here, as of code that has travelled this file is read first.
 require_version(
-    f"transformers>={OLDEST['transformers']}",
+    "transformers>=5.17",
     "Without trust_remote_code=True the same weights load as stock GPT-2 in any version.",
 )
 

@@ -28,7 +28,7 @@ from .attention import eager_attention
 from .configuration_gpt import GPTConfig
 from .hub import HubModel
 from .loss import linear_cross_entropy
-from .versions import check_generation
+from .versions import compare_cached, untested
 
 # Backends that are causal by themselves when no mask is given. The others need the mask as a tensor or block mask.
 _CAUSAL_WITHOUT_MASK = ("sdpa", "blockwise", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -225,13 +225,23 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
     """GPT-2 with its language-modelling head: reads and writes stock ``gpt2`` checkpoints."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
-    _generation_is_checked = False
+    _generation_compared = False  # with and without the cache, under a release of transformers that was not tested
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.transformer = GPTModel(self.config)
         self.lm_head = nn.Linear(self.config.n_embd, self.config.vocab_size, bias=False)
         self.post_init()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        stock: Any = super()
+        if not GPTForCausalLM._generation_compared:
+            if untested():
+                compare_cached(self, stock.generate)
+            GPTForCausalLM._generation_compared = True
+        return stock.generate(*args, **kwargs)
+
+    functools.update_wrapper(generate, GenerationMixin.generate)  # its signature and help
 
     @can_return_tuple
     def forward(
@@ -298,12 +308,3 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
             attentions=out.attentions,
         )
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        generate: Any = super().generate  # type: ignore[misc]  # transformers wants a protocol of the class
-        if not self._generation_is_checked:
-            check_generation(self, generate)
-            self._generation_is_checked = True
-        return generate(*args, **kwargs)
-
-    functools.update_wrapper(generate, GenerationMixin.generate)

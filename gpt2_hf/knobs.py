@@ -1,0 +1,163 @@
+"""What may stand in a knob: declared in its annotation, shown by --help, checked whenever it is set.
+
+    steps: Annotated[int, Range(1)] = 19_073
+    run_dir: Annotated[str, PathName()] = "runs/gpt2_124m"
+
+A dataclass that inherits from `Knobs`, or a function under `checked`, then takes nothing else, from Python or a shell.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import os
+import re
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .program import UserError
+
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
+
+# Beyond this a whole number means no size, count or seed of anything.
+LARGEST = 2**63 - 1
+
+
+class ConfigError(UserError):
+    """A setting that cannot work; the message is one line that says what to do."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Limits of a number; ``above`` and ``below`` are not in it."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __str__(self) -> str:
+        limits = ((">=", self.at_least), (">", self.above), ("<=", self.at_most), ("<", self.below))
+        return " and ".join(f"{sign} {limit}" for sign, limit in limits if limit is not None)
+
+    def take(self, name: str, value: Any) -> Any:
+        fits = (
+            (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+        if not fits:
+            raise ConfigError(f"{name} is {shown(value)}, and must be {self}")
+        return value
+
+
+@dataclass(frozen=True)
+class PathName:
+    """A file or folder: ``~`` and ``$NAME`` are expanded. ``remote``: may also be a URL, where others are refused."""
+
+    remote: bool = False
+
+    def __str__(self) -> str:
+        return "path or URL" if self.remote else "path"
+
+    def take(self, name: str, value: Any) -> Any:
+        if not value.strip():
+            raise ConfigError(f"{name} is empty: name a file or folder (is a shell variable unset?)")
+        if value in ("null", "None"):
+            raise ConfigError(f"{name} is {value}: name a file or folder; if one is called so, write ./{value}")
+        if "\0" in value:
+            raise ConfigError(f"{name} holds a NUL character: {shown(value)}")
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", value):
+            if self.remote:
+                return value
+            raise ConfigError(f"{name} is {shown(value)}, a URL: only a folder of this machine works here")
+        if os.path.lexists(value):
+            return value
+        expanded = os.path.expandvars(os.path.expanduser(value))
+        if unset := re.search(r"\$(\w+|\{[^}]*\})", expanded):
+            raise ConfigError(f"{name} is {shown(value)}, and the environment variable {unset[0]} is not set")
+        if re.match(r"~\w*(/|$)", expanded):
+            raise ConfigError(f"{name} is {shown(value)}, and there is no such home folder")
+        return expanded
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """Base of a dataclass whose fields are checked when it is built.
+
+    Raises:
+        ConfigError: for a value that its annotation rules out.
+    """
+
+    _prefix: ClassVar[str] = ""  # of the fields' names in messages
+
+    def __post_init__(self) -> None:
+        for name, annotation in get_type_hints(type(self), include_extras=True).items():
+            if get_origin(annotation) is not ClassVar:
+                taken = take(f"{self._prefix}{name}", getattr(self, name), annotation)
+                object.__setattr__(self, name, taken)  # frozen
+
+
+def checked(function: FunctionT) -> FunctionT:
+    """Check a function's arguments by their annotations at each call. Raises ConfigError."""
+    signature = inspect.signature(function)
+    hints = get_type_hints(function, include_extras=True)
+    limited = {name: hint for name, hint in hints.items() if name != "return" and limit_of(hint)}
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        for name, hint in limited.items():
+            if name in bound.arguments:
+                bound.arguments[name] = take(name, bound.arguments[name], hint)
+        return function(*bound.args, **bound.kwargs)
+
+    return call  # type: ignore[return-value]  # the same signature, which a decorator cannot say of keyword arguments
+
+
+def take(name: str, value: Any, annotation: Any) -> Any:
+    """``value`` as the knob has it (paths expanded). Raises ConfigError when the annotation rules it out."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        value = take(name, value, arguments[0])
+        return functools.reduce(lambda v, limit: limit.take(name, v) if v is not None else v, arguments[1:], value)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        kinds = [kind for kind in arguments if kind is not type(None)]
+        return take(name, value, kinds[0]) if len(kinds) == 1 else value
+    if origin is Literal:
+        if value not in arguments:
+            raise ConfigError(f"{name} is {shown(value)}: choose {', '.join(map(str, arguments))}")
+    elif origin in (list, tuple):
+        kinds = [arguments[0]] * len(value) if origin is list or arguments[1:] == (...,) else list(arguments)
+        if isinstance(value, str) or len(kinds) != len(value):
+            raise ConfigError(f"{name} is {shown(value)}: give {len(kinds)} values, such as [a, b]")
+        return origin(take(name, item, kind) for item, kind in zip(value, kinds, strict=True))
+    elif annotation in (int, float):
+        is_number = isinstance(value, int if annotation is int else int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or abs(value) > LARGEST:
+            raise ConfigError(f"{name} is {shown(value)}: give a {'whole' if annotation is int else 'finite'} number")
+        return annotation(value)
+    elif annotation in (bool, str) and not isinstance(value, annotation):
+        raise ConfigError(f"{name} is {shown(value)}: give {'true or false' if annotation is bool else 'text'}")
+    return value
+
+
+def limit_of(annotation: Any) -> str:
+    """What its annotation says of a knob, for --help, such as ">= 0 and < 1"; "" when nothing."""
+    found = [str(limit) for limit in getattr(annotation, "__metadata__", ()) if isinstance(limit, Range | PathName)]
+    return ", ".join(dict.fromkeys(found + [limit_of(part) for part in get_args(annotation)])).strip(", ")
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: in one line, and not too long a one."""
+    try:
+        text = value if isinstance(value, str) and value.isprintable() and value.strip() == value != "" else repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
