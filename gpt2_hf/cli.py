@@ -129,10 +129,10 @@ class _Recipe(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen:
-                raise ConfigError(f"line {key.start_mark.line + 1}: {shown(key.value)} stands there a second time")
-            if isinstance(key.value, str):
-                seen.add(key.value)
+            name = str(key.value)  # of a key that is no text, the nodes in it: it is refused later
+            if name in seen:
+                raise ConfigError(f"line {key.start_mark.line + 1}: {shown(name)} stands there a second time")
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -140,7 +140,7 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise ConfigError(f"no recipe {path}; see the folder recipes/") from None
+        raise ConfigError(f"no recipe {shown(str(path))}; see the folder recipes/") from None
     except (OSError, ValueError) as error:  # a NUL character in the name is a ValueError
         raise ConfigError(f"the recipe {shown(str(path))} cannot be read ({error})") from None
     try:

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 import yaml
 
-from .knobs import ConfigError, Knobs, PathName, Range
+from .knobs import ConfigError, Filled, Knobs, PathName, Range
 from .model.configuration_gpt import GPTConfig
 
 Count = Annotated[int, Range(1)]
@@ -44,7 +44,7 @@ class ModelSection(Knobs):
     n_positions: Count | None = None
     vocab_size: Count | None = None
     dropout: Annotated[float, Range(0, below=1)] = 0.0
-    attn_implementation: str = "auto"
+    attn_implementation: Annotated[str, Filled()] = "auto"
 
     def gpt_config(self) -> GPTConfig:
         """The model's own configuration. Raises ConfigError for a shape that cannot be."""

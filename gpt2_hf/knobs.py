@@ -86,6 +86,19 @@ class PathName:
 
 
 @dataclass(frozen=True)
+class Filled:
+    """Text that is not empty."""
+
+    def __str__(self) -> str:
+        return "not empty"
+
+    def take(self, name: str, value: Any) -> Any:
+        if not value.strip():
+            raise ConfigError(f"{name} is empty: leave it out, or give it a text")
+        return value
+
+
+@dataclass(frozen=True)
 class Knobs:
     """Base of a dataclass whose fields are checked when it is built.
 
@@ -123,7 +136,8 @@ def take(name: str, value: Any, annotation: Any) -> Any:
     """``value`` as the knob has it (paths expanded). Raises ConfigError when the annotation rules it out."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        value = take(name, value, arguments[0])
+        is_name = isinstance(value, str) and any(isinstance(limit, PathName) for limit in arguments[1:])
+        value = value if is_name else take(name, value, arguments[0])  # a file's name may hold bytes that are no text
         return functools.reduce(lambda v, limit: limit.take(name, v) if v is not None else v, arguments[1:], value)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -143,14 +157,27 @@ def take(name: str, value: Any, annotation: Any) -> Any:
         if not is_number or not math.isfinite(value) or abs(value) > LARGEST:
             raise ConfigError(f"{name} is {shown(value)}: give a {'whole' if annotation is int else 'finite'} number")
         return annotation(value)
+    elif annotation is str and isinstance(value, str):
+        if not _is_unicode(value):
+            raise ConfigError(f"{name} is {shown(value)}: not UTF-8")
     elif annotation in (bool, str) and not isinstance(value, annotation):
         raise ConfigError(f"{name} is {shown(value)}: give {'true or false' if annotation is bool else 'text'}")
     return value
 
 
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of an argument or file name that are not UTF-8 stand in it as surrogates
+        return False
+    return True
+
+
 def limit_of(annotation: Any) -> str:
     """What its annotation says of a knob, for --help, such as ">= 0 and < 1"; "" when nothing."""
-    found = [str(limit) for limit in getattr(annotation, "__metadata__", ()) if isinstance(limit, Range | PathName)]
+    found = [
+        str(limit) for limit in getattr(annotation, "__metadata__", ()) if isinstance(limit, Range | PathName | Filled)
+    ]
     return ", ".join(dict.fromkeys(found + [limit_of(part) for part in get_args(annotation)])).strip(", ")
 
 

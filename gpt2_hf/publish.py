@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import STOCK_FILES, find_model, is_stock, same_weights, saved_steps
+from .checkpoint import find_model, is_stock, same_weights, saved_steps
 from .metrics import read_rows
 from .model.hub import AUTO_MAP, code_files
-from .program import UserError
-from .verify import INDEX, WEIGHTS, Folder, check_folders, link, sha256, weight_files
+from .staging import ADAPTER, CARD, PublishError, refuse_links, shown, stage
+from .verify import Folder, check_folders, sha256
 
-
-class PublishError(UserError):
-    """Why a folder cannot be checked or published, in one line."""
+# What runs or loads instead of the weights when it lies in a repository beside them.
+LEADING_FILES = (ADAPTER, "custom_generate/generate.py")
 
 
 def steps_trained(path: Path) -> float | None:
@@ -34,14 +32,23 @@ def steps_trained(path: Path) -> float | None:
     return max(same, default=None if kept else math.inf)
 
 
-def model_card(path: Path, repo: str, license: str | None, with_code: bool) -> str:
-    """A README.md that says what is known of a checkpoint, and no more; figures come from its run's metrics.jsonl."""
-    folder = Folder(path)
+def model_card(path: Path, staged: Path, repo: str, license: str | None, with_code: bool) -> str:
+    """A README.md that says what is known of a checkpoint, and no more.
+
+    Args:
+        path: where it lies; figures come from its run's metrics.jsonl.
+        staged: its copy, which is described.
+    """
+    from huggingface_hub import ModelCardData
+
+    folder = Folder(staged)
     c = folder.stock_config
     n_parameters = sum(math.prod(folder.shapes[name]) for name in folder.names.values())
     path = path.resolve()
     step, run = steps_trained(path), path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    rows = [row for row in read_rows(run / "metrics.jsonl") if row["step"] <= step] if step is not None else []
+    metrics = run / "metrics.jsonl"
+    known = step is not None and metrics.is_file() and not metrics.is_symlink()
+    rows = [row for row in read_rows(metrics) if row["step"] <= step] if known else []
     latest: dict[str, Any] = {key: value for row in rows for key, value in row.items()}
     measures = {
         "val_loss": "validation loss (nats per token, held-out part of the training data)",
@@ -50,9 +57,8 @@ def model_card(path: Path, repo: str, license: str | None, with_code: bool) -> s
         "hellaswag_acc_norm": "HellaSwag acc_norm (as lm-evaluation-harness)",
         "hellaswag_lecture_acc": "HellaSwag, lowest mean loss per token",
     }
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2"]
-    lines += [f"license: {license}"] if license else []
-    lines += ["---", "", f"# {repo.split('/')[-1]}", ""]
+    header = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["gpt2"], license=license)
+    lines = ["---", header.to_yaml(), "---", "", f"# {repo.split('/')[-1]}", ""]
     lines += [
         f"A GPT-2 of {n_parameters:,} parameters: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads, "
         f"{c.n_positions} positions, {c.vocab_size:,} tokens."
@@ -74,28 +80,6 @@ def model_card(path: Path, repo: str, license: str | None, with_code: bool) -> s
         error = latest["hellaswag_stderr"]
         lines += ["", f"HellaSwag on {latest['hellaswag_items']:,} of 10,042 items, standard error {error:.4f}."]
     return "\n".join(lines) + "\n"
-
-
-def stage(path: Path, target: Path, card: str | None, with_code: bool) -> None:
-    """Lay out in ``target`` what would be published of a checkpoint, and nothing else.
-
-    Files are linked; ``config.json`` gets or loses its ``auto_map``.
-    """
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    old_map = config.pop("auto_map", None)
-    if with_code:
-        config["auto_map"] = AUTO_MAP
-        for file in code_files():
-            shutil.copyfile(file, target / file.name)
-    if config.get("auto_map") != old_map:
-        (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if card is not None:
-        (target / "README.md").write_text(card, encoding="utf-8")
-    weights = {file.name for file in weight_files(path)}
-    wanted = {"README.md", *STOCK_FILES, *weights, *([] if WEIGHTS in weights else [INDEX])}
-    for file in path.iterdir():
-        if file.is_file() and file.name in wanted and not (target / file.name).exists():
-            link(file, target / file.name)
 
 
 @contextmanager
@@ -183,29 +167,43 @@ def publish(
     from huggingface_hub.utils import validate_repo_id
 
     path = find_model(Path(folder))
+    refuse_links(Path(folder), path)
     check = check or repo is None
     remote = Repository(repo or "")
+    if not remote.name.isascii():  # validate_repo_id takes letters of any script, as the Hub does not
+        raise PublishError(f"--repo {remote.name!a} is not the name of a repository: a-z, 0-9, '-', '_', '.' only")
     if not check:
         with hub_errors(remote.name):
             validate_repo_id(remote.name)
             remote = remote if dry_run else look_up(remote.name)
+        if leading := [name for name in LEADING_FILES if name in remote.files]:
+            raise PublishError(
+                f"{remote.name} holds {leading[0]}, which readers would get with these weights: delete it there first"
+            )
         if private and remote.is_public:
             raise PublishError(f"{remote.name} is there and public: make it private in its settings on the Hub first")
-    card_at = f"the README.md of {remote.name}" if "README.md" in remote.files else None
-    card_at = str(path / "README.md") if (path / "README.md").is_file() else card_at
-    if license and card_at:
-        raise PublishError(f"{card_at} is there: write `license: {license}` into its header instead")
+    if license and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise PublishError(f"--license {license!r} is not the Hub's name of a licence, such as mit or apache-2.0")
 
-    with tempfile.TemporaryDirectory() as temporary:
-        staged, problem = path, None
-        if not check:
-            staged = Path(temporary)
+    with tempfile.TemporaryDirectory(prefix="gpt2-") as temporary:
+        staged, problem = Path(temporary), None
+        stage(path, staged, None if check else with_code)
+        card_at = f"the {CARD} of {remote.name}" if CARD in remote.files else None
+        card_at = str(path / CARD) if (staged / CARD).exists() else card_at
+        if license and card_at and not check:
+            raise PublishError(f"{card_at} is there: write `license: {license}` into its header instead")
+        if not (check or card_at):
             try:
-                stage(path, staged, None if card_at else model_card(path, remote.name, license, with_code), with_code)
+                card = model_card(path, staged, remote.name, license, with_code)
+                (staged / CARD).write_text(card, encoding="utf-8")
             except Exception as error:  # such a folder fails a check, which says better why
-                staged, problem = path, error
+                problem = error
         known_code = {file.name: sha256(file) for file in code_files()}
-        results = check_folders([staged], lambda _, result: print(result, flush=True), known_code)[staged]
+        results = check_folders([staged], lambda _, result: print(result, flush=True), known_code, AUTO_MAP)[staged]
+        uploads = sorted(file.name for file in staged.iterdir())
+        left_out = sorted(shown(f.name) + "/" * f.is_dir() for f in path.iterdir() if f.name not in uploads)
+        if check and left_out:
+            print(f"not looked at, and left out when published: {', '.join(left_out)}")
         failed = [result.check for result in results if result.status == "FAILED"]
         if failed:
             consequence = "" if check else "; nothing is published"
@@ -216,13 +214,12 @@ def publish(
             return True
         if problem is not None:
             raise PublishError(f"{path} cannot be prepared for upload: {problem}")
-        uploads = sorted(file.name for file in staged.iterdir())
         print(f"{'would upload' if dry_run else 'uploading'} to {remote.name}:")
         for name in uploads:
             print(f"  {(staged / name).stat().st_size:>15,} bytes  {name}")
-        if left_out := sorted(f.name + "/" * f.is_dir() for f in path.iterdir() if f.name not in uploads):
+        if left_out:
             print(f"left out: {', '.join(left_out)}")
-        if "README.md" in remote.files and "README.md" not in uploads:
+        if CARD in remote.files and CARD not in uploads:
             print(f"{card_at} stays as it is")
         if not dry_run:
             # What an earlier upload left would be read beside these files, or instead of them.

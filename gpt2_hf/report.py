@@ -91,11 +91,18 @@ def plot_curves(run_dir: str | Path) -> Path:
 
 
 def plot_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
-    """Draw one or several runs over each other into the PNG file `out`; returns its path. Raises as `plot_curves`."""
+    """Draw one or several runs over each other into `out`, in the format that its ending names; returns its path.
+
+    Raises as `plot_curves`, and ReportError for an ending that matplotlib cannot write.
+    """
     figure = build_figure([read_run(run_dir) for run_dir in run_dirs])
     path = Path(out)
+    formats = figure.canvas.get_supported_filetypes().keys() - {"pgf"}  # which asks for LaTeX
+    if path.suffix[1:].lower() not in formats:
+        endings = ", ".join(f".{name}" for name in sorted(formats))
+        raise ReportError(f"{path} ends in {path.suffix or 'nothing'}: a picture's name ends in one of {endings}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=130)
+    figure.savefig(path, dpi=130)
     return path
 
 

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import site
 import subprocess
 import sys
 import tempfile
@@ -27,15 +28,21 @@ from safetensors import safe_open
 from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 TEXTS = (
     "Hello, I'm a language model,",
     "  Leading,  double and trailing spaces, \n\n\ttabs and newlines \n",
     "naïve café — “Übermut”, 東京, ελληνικά, 🙂",
     "def square(x):\n    return x ** 2  # 1234567890\n",
 )
+UNLIMITED = 10**20  # transformers' "no limit" is 10**30
+# The fresh process gets nothing else, least of all tokens; PYTHONPATH without relative entries.
+KEPT = {
+    *("PATH", "LANG", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "VIRTUAL_ENV"),
+    *("OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+}
 # fp32 against float64, relative to the largest centred logit: about 1e-6 in GPT-2 124M, more in deeper models.
 LOGITS_TOLERANCE = 1e-4
+_SHARD = re.compile(r"model-[0-9]+-of-[0-9]+\.safetensors")
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(masked_)?bias$")
 
 
@@ -60,12 +67,18 @@ class CheckWarning(Exception):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads in ``folder``: the single one if there, else those of the index."""
+    """The safetensors files that transformers reads in ``folder``: the single one if there, else those of the index.
+
+    Raises:
+        CheckFailed: when there is neither, or the index names anything but shards beside it.
+    """
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(shards))]
+        shards = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        if odd := sorted(str(name) for name in shards if not _SHARD.fullmatch(str(name))):
+            raise CheckFailed(f"{INDEX} names {odd[0]!a}: shards lie beside it, as model-00001-of-00002.safetensors")
+        return [folder / name for name in sorted(shards)]
     raise CheckFailed(f"no {WEIGHTS}, and no {INDEX}")
 
 
@@ -74,10 +87,13 @@ class Folder:
 
     Args:
         known_code: name and sha256 of the Python files that may be run when they lie there.
+        auto_map: config.json's only way to them.
     """
 
-    def __init__(self, path: Path, known_code: Mapping[str, str] | None = None):
-        self.path, self.known_code = path, known_code or {}
+    def __init__(
+        self, path: Path, known_code: Mapping[str, str] | None = None, auto_map: Mapping[str, str] | None = None
+    ):
+        self.path, self.known_code, self.auto_map = path, known_code or {}, auto_map or {}
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -216,10 +232,6 @@ def check_files(f: Folder) -> str:
     if missing := [file.name for file in used if not file.is_file()]:
         raise CheckFailed(f"{INDEX} names {', '.join(missing)}, which is not there")
     size = sum(file.stat().st_size for file in used)
-    if extra := sorted({path.name for path in f.path.glob("*.safetensors")} - {file.name for file in used}):
-        raise CheckWarning(f"{', '.join(extra)}: safetensors that no loader reads here")
-    if pickles := sorted(path.name for path in f.path.iterdir() if path.suffix in PICKLES):
-        raise CheckWarning(f"{', '.join(pickles)}: not published, since a pickle can run code when it is opened")
     return f"{len(used)} safetensors file{'s' * (len(used) > 1)}, {size / 1e6:,.1f} MB"
 
 
@@ -228,10 +240,10 @@ def check_config(f: Folder) -> str:
         raise CheckFailed(f"model_type is {f.config.get('model_type')!r}, not 'gpt2'")
     if f.config.get("architectures") != ["GPT2LMHeadModel"]:
         raise CheckFailed(f"architectures is {f.config.get('architectures')}, not ['GPT2LMHeadModel']")
-    for reference in f.config.get("auto_map", {}).values():
-        module = reference.split(".")[0]
-        if not (f.path / f"{module}.py").is_file():
-            raise CheckFailed(f"auto_map names {reference}, and {module}.py is not in the folder: save it again")
+    if "auto_map" in f.config and f.config["auto_map"] != f.auto_map:
+        raise CheckFailed(f"auto_map is {json.dumps(f.config['auto_map'])}, which leads to code that is not ours")
+    if "auto_map" in f.config and (missing := [n for n in f.known_code if not (f.path / n).is_file()]):
+        raise CheckFailed(f"auto_map needs {missing[0]}, which is not in the folder: save it again")
     c = f.stock_config
     shape = f"{c.n_layer} layers, {c.n_embd} wide, {c.n_head} heads, {c.n_positions} positions"
     return f"gpt2, {shape}, vocabulary {c.vocab_size}" + (", with code" if "auto_map" in f.config else "")
@@ -310,6 +322,7 @@ def check_tokenizer(f: Folder) -> str:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(f.path, local_files_only=True, trust_remote_code=False)
+    n_positions, longest = f.stock_config.n_positions, tokenizer.model_max_length
     rows, size, eos = f.stock_config.vocab_size, len(tokenizer), tokenizer.eos_token_id
     if size <= 1:
         raise CheckFailed("no tokenizer: there is no tokenizer.json, and no vocab.json with merges.txt")
@@ -325,10 +338,17 @@ def check_tokenizer(f: Folder) -> str:
             raise CheckFailed(f"the {owner}'s end of text is token {token}, the model has {rows} rows")
     if size < rows and (rows % 64 or rows - size >= 1024):
         raise CheckFailed(f"the tokenizer has {size} tokens, the model {rows}: it is another model's")
+    if n_positions < longest < UNLIMITED:
+        raise CheckFailed(
+            f"model_max_length is {longest}, and the model has {n_positions} positions, so that truncated texts "
+            f"still do not fit: write {n_positions} into tokenizer_config.json"
+        )
     if size < rows:
         raise CheckWarning(f"{size} tokens for {rows} rows: the rest is padding")
     if eos is None or eos != f.stock_config.eos_token_id:
         raise CheckWarning(f"the end of text is {eos} here and {f.stock_config.eos_token_id} in config.json")
+    if longest >= UNLIMITED:
+        raise CheckWarning(f"tokenizer_config.json sets no model_max_length ({n_positions}): nothing cuts long texts")
     return f"{size} tokens, texts come back unchanged, end of text {eos}"
 
 
@@ -353,9 +373,9 @@ def check_generation(f: Folder) -> str:
 def check_code(f: Folder) -> str:
     from transformers import AutoModelForCausalLM
 
+    if f.config["auto_map"] != f.auto_map:  # repository--module.Class and module.x--y.Class are of another repository
+        raise CheckFailed("auto_map leads to code that is not ours: not run")
     foreign = [path.name for path in f.path.glob("*.py") if f.known_code.get(path.name) != sha256(path)]
-    # A class is named as module.Class, or as repository--module.Class of another repository.
-    foreign += [named for named in f.config["auto_map"].values() if f"{named.split('.')[0]}.py" not in f.known_code]
     if foreign:
         raise CheckWarning(f"code of someone else, or of another version: not run ({', '.join(sorted(foreign)[:3])})")
     with tempfile.TemporaryDirectory() as clean:
@@ -363,7 +383,7 @@ def check_code(f: Folder) -> str:
         weights = [path.name for path in weight_files(f.path) if path.parent == f.path]
         for name in ("config.json", INDEX, *weights, *f.known_code):
             if (f.path / name).is_file():
-                link(f.path / name, Path(clean, name))
+                shutil.copyfile(f.path / name, Path(clean, name))
         model = AutoModelForCausalLM.from_pretrained(
             clean, dtype=torch.float32, local_files_only=True, trust_remote_code=True
         )
@@ -394,13 +414,6 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def link(source: Path, target: Path) -> None:
-    try:
-        target.symlink_to(source.resolve())
-    except OSError:  # Windows asks for a privilege
-        shutil.copyfile(source, target)
-
-
 def run_checks(folder: Folder) -> Iterator[Result]:
     """All checks of a folder, in this process; one that fails does not stop the others."""
     for name, check in CHECKS.items():
@@ -419,25 +432,35 @@ def check_folders(
     paths: Sequence[Path],
     report: Callable[[Path, Result], None] = lambda path, result: None,
     known_code: Mapping[str, str] | None = None,
+    auto_map: Mapping[str, str] | None = None,
 ) -> dict[Path, list[Result]]:
     """Check folders one after another in a fresh process that cannot import gpt2_hf.
+
+    It works in an empty folder, which is its home too, and has of this process's environment what KEPT names.
 
     Args:
         report: called with each result as it comes.
         known_code: name and sha256 of the Python files that may be run; a folder with any other runs none.
+        auto_map: that of a config.json by which they are reached; with any other nothing is run.
     """
     results: dict[Path, list[Result]] = {path: [] for path in paths}
     names = {str(path.resolve()): path for path in paths}
-    with tempfile.TemporaryDirectory() as modules, tempfile.TemporaryFile("w+") as errors:
-        environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules, "CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile("w+") as errors:
+        environment = {name: value for name, value in os.environ.items() if name in KEPT or name.startswith("LC_")}
+        environment |= {"HOME": empty, "HF_HOME": empty, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment["USER"] = "nobody"  # PyTorch asks for a name, which the user of a container may lack
+        # A module is never looked for in the folder where this was started, nor in the one that is checked.
+        roots = [root for root in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(root)]
+        environment |= {"PYTHONPATH": os.pathsep.join(roots), "PYTHONUSERBASE": site.getuserbase()}
         process = subprocess.Popen(
             # -P: this file's folder must not be searched for modules.
-            [sys.executable, "-P", __file__, json.dumps(known_code or {}), *names],
+            [sys.executable, "-P", os.path.abspath(__file__), json.dumps([known_code or {}, auto_map or {}]), *names],
             stdin=subprocess.DEVNULL,  # nobody is asked anything
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**os.environ, **environment},
+            cwd=empty,
+            env=environment,
         )
         assert process.stdout is not None
         finished = set()
@@ -475,9 +498,9 @@ def main() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    known_code = json.loads(sys.argv[1])
+    known_code, auto_map = json.loads(sys.argv[1])
     for folder in sys.argv[2:]:
-        for result in run_checks(Folder(Path(folder), known_code)):
+        for result in run_checks(Folder(Path(folder), known_code, auto_map)):
             print(json.dumps({"folder": folder, **asdict(result)}), file=output, flush=True)
         print(json.dumps({"folder": folder}), file=output, flush=True)
 

@@ -13,7 +13,7 @@ def main() -> None:
 
     parser = ArgumentParser(description=__doc__, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("runs", nargs="*", help="folders of runs (default: the newest under runs/)")
-    parser.add_argument("-o", "--out", help="PNG file (default: curves.png in the first run's folder)")
+    parser.add_argument("-o", "--out", help="x.png, x.pdf or x.svg (default: curves.png in the first run's folder)")
     args = parser.parse_args()
     runs = args.runs
     if not runs:

@@ -144,6 +144,18 @@ def test_the_library_evaluate_gives_the_same_figures(task, items, stream, tokeni
     assert found["bits_per_byte"] == pytest.approx(loss["val_bpb"], rel=1e-5)
 
 
+def test_offline_tasks_refuse_shots(task_manager):
+    """Their only split is the one that is scored, so shots from it would give answers away."""
+    import lm_eval
+
+    for name in ("hellaswag_offline", "hellaswag_offline_500"):
+        with pytest.raises(ValueError, match="num_fewshot is 2, and hellaswag_offline holds only the items that are"):
+            lm_eval.simple_evaluate("dummy", tasks=[name], num_fewshot=2, limit=3, task_manager=task_manager)
+    lm_eval.simple_evaluate(
+        "dummy", tasks=["hellaswag_offline_500"], num_fewshot=0, limit=3, task_manager=task_manager, bootstrap_iters=0
+    )
+
+
 def test_lecture_way_equals_a_plain_loop(folder, task, items, tokenizer):
     stock = GPT2LMHeadModel.from_pretrained(folder)
     picks = []

@@ -64,7 +64,8 @@ ALLOWED = {
     "generate": {"model"},
     "convert": {"checkpoint", "data.tokenizer", "model"},
     "verify": set(),
-    "publish": {"checkpoint", "metrics", "model.hub", "verify"},
+    "staging": {"checkpoint", "model.hub", "verify"},
+    "publish": {"checkpoint", "metrics", "model.hub", "staging", "verify"},
     "evaluate": {"data.remote", "data.shards", "data.stream", "data.tokenizer", "documents", "hardware", "model"},
     "train": {
         "checkpoint",

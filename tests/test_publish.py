@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from gpt2_hf.checkpoint import write_folder
 from gpt2_hf.data.tokenizer import ASSETS, VOCAB_SIZE
 from gpt2_hf.model import GPTConfig, GPTForCausalLM, GPTModel
-from gpt2_hf.model.hub import code_files
+from gpt2_hf.model.hub import AUTO_MAP, code_files
 from gpt2_hf.publish import PublishError, publish
 from gpt2_hf.verify import LOGITS_TOLERANCE, Result, check_folders, difference, plain_forward, sha256
 
@@ -50,7 +50,9 @@ def save(folder: Path, with_code: bool = False, tokenizer: str = "bytes", shards
     fields = {"vocab_size": size, "bos_token_id": size - 1, "eos_token_id": size - 1, **fields}
     small_model(**fields).save_pretrained(folder, with_code=with_code, max_shard_size=shards)
     if tokenizer:
-        shutil.copy(ASSETS / "tokenizer" / "tokenizer_config.json", folder)
+        settings = json.loads((ASSETS / "tokenizer" / "tokenizer_config.json").read_text())
+        settings["model_max_length"] = {**SMALL, **fields}["n_positions"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         content = json.loads((ASSETS / "tokenizer" / "tokenizer.json").read_text())
         if tokenizer == "bytes":
             vocab = {token: number for token, number in content["model"]["vocab"].items() if number < 256}
@@ -67,9 +69,9 @@ def edit_weights(folder: Path, edit) -> Path:
     return folder
 
 
-def edit_config(folder: Path, **fields) -> Path:
-    config = json.loads((folder / "config.json").read_text()) | fields
-    (folder / "config.json").write_text(json.dumps(config))
+def edit_config(folder: Path, file: str = "config.json", **fields) -> Path:
+    config = json.loads((folder / file).read_text()) | fields
+    (folder / file).write_text(json.dumps(config))
     return folder
 
 
@@ -101,6 +103,11 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     edit_weights(add("two equal copies"), lambda w: w.update({"lm_head.weight": w["transformer.wte.weight"].clone()}))
     add("padded vocabulary", vocab_size=320)
     (add("no generation config") / "generation_config.json").unlink()
+    edit_config(add("no longest text"), "tokenizer_config.json", model_max_length=None)
+    edit_config(add("too long texts"), "tokenizer_config.json", model_max_length=33)
+    outside = add("shard outside", shards="10KB") / "model.safetensors.index.json"
+    shutil.copy(outside.parent / MISSING, root / "outside.safetensors")
+    outside.write_text(outside.read_text().replace(MISSING, "../outside.safetensors"))
 
     edit_weights(add("missing key"), lambda w: w.pop("transformer.ln_f.bias"))
     edit_weights(add("extra key"), lambda w: w.update({"transformer.h.0.attn.gate": torch.ones(1)}))
@@ -116,7 +123,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     torch.save({}, add("pickle too") / "pytorch_model.bin")
     (add("pickle only") / "model.safetensors").unlink()
     torch.save({}, new["pickle only"] / "pytorch_model.bin")
-    edit_config(add("code named, not there"), auto_map={"AutoConfig": "configuration_gpt.GPTConfig"})
+    edit_config(add("code named, not there"), auto_map=AUTO_MAP)
     edit_config(add("another model"), model_type="gpt_neo", architectures=["GPTNeoForCausalLM"])
     (marker := root / "markers").mkdir()
 
@@ -134,6 +141,16 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     )
     their_map = {"AutoConfig": f"{new['their code']}--modeling_gpt.GPTConfig", "AutoModelForCausalLM": "modeling_gpt.M"}
     edit_config(add("code elsewhere", with_code=True), auto_map=their_map)
+    # Only what stands before the first dot names one of our files.
+    their_map = {"AutoModelForCausalLM": "modeling_gpt.x--evil.M"}
+    edit_config(add("code under our name", with_code=True), auto_map=their_map)
+    evil = root / "started here" / "modeling_gpt.x"
+    evil.mkdir(parents=True)
+    for name in ("evil.py", "__init__.py"):
+        (evil / name).write_text(harm("under our name"))
+    shutil.copy(new["plain"] / "config.json", evil)
+    for module in ("transformers", "json", "torch"):
+        (evil.parent / f"{module}.py").write_text(harm("started here"))
     config = json.loads((add("tokenizer's code") / "tokenizer_config.json").read_text())
     config["auto_map"] = {"AutoTokenizer": ["theirs.T", "theirs.T"]}
     (new["tokenizer's code"] / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "T"}))
@@ -152,9 +169,13 @@ def results(folders) -> dict[str, dict[str, Result]]:
     """Folder's name -> check -> result. One process does them all."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")  # models this small gain nothing from threads, and lose on a busy machine
-        found = check_folders(list(folders.values()), known_code=OURS)
-        odd = [folders[name] for name in ("code that differs", "code that needs us")]  # here as if it were ours
-        found |= check_folders(odd, known_code={file.name: sha256(file) for path in odd for file in path.glob("*.py")})
+        patch.chdir(folders["plain"].parent / "started here")
+        patch.setenv("PYTHONPATH", f".{os.pathsep}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        found = check_folders(list(folders.values()), known_code=OURS, auto_map=AUTO_MAP)
+        for name in ("code that differs", "code that needs us"):  # here as if it were ours
+            path = folders[name]
+            auto_map = json.loads((path / "config.json").read_text())["auto_map"]
+            found |= check_folders([path], lambda *_: None, {f.name: sha256(f) for f in path.glob("*.py")}, auto_map)
     return {path.name: {result.check: result for result in list_} for path, list_ in found.items()}
 
 
@@ -170,7 +191,8 @@ def results(folders) -> dict[str, dict[str, Result]]:
         ("two equal copies", {"head"}),
         ("padded vocabulary", {"tokenizer"}),
         ("no generation config", {"generation"}),
-        ("pickle too", {"files"}),
+        ("no longest text", {"tokenizer"}),
+        ("pickle too", set()),
     ],
 )
 def test_good_folders_pass(results, folder, warnings):
@@ -194,11 +216,16 @@ def test_good_folders_pass(results, folder, warnings):
         ("truncated", "loading", ""),
         ("truncated", "values", ""),
         ("missing shard", "files", f"{MISSING}, which is not there"),
+        ("shard outside", "files", "names '../outside.safetensors'"),
+        ("too long texts", "tokenizer", "model_max_length is 33, and the model has 32 positions"),
         ("small vocabulary", "tokenizer", "the tokenizer has 257 tokens, the model 211"),
         ("large vocabulary", "tokenizer", "another model's"),
         ("no tokenizer", "tokenizer", "no tokenizer"),
         ("pickle only", "files", "no model.safetensors"),
-        ("code named, not there", "configuration", "configuration_gpt.py is not in the folder"),
+        ("code named, not there", "configuration", "attention.py, which is not in the folder"),
+        ("their code", "configuration", "theirs.C"),
+        ("code elsewhere", "configuration", "--modeling_gpt.GPTConfig"),
+        ("code under our name", "configuration", "modeling_gpt.x--evil.M"),
         ("another model", "configuration", "gpt_neo"),
         ("code that needs us", "code", "gpt2_hf"),
         ("code that differs", "code", "differ from stock"),
@@ -213,14 +240,11 @@ def test_bad_folders_fail_where_they_are_bad(results, folder, check, words):
 
 def test_code_of_others_is_not_run(results, folders):
     assert not list((folders["plain"].parent / "markers").iterdir())
-    for name, named in (
-        ("changed code", "modeling_gpt.py"),
-        ("their code", "theirs.py"),
-        ("their code, another model", "theirs.py"),
-        ("code elsewhere", "their code--modeling_gpt.GPTConfig"),
-    ):
+    found = results["changed code"]["code"]
+    assert found.status == "warning" and "not run (modeling_gpt.py)" in found.text
+    for name in ("their code", "their code, another model", "code elsewhere", "code under our name"):
         found = results[name]["code"]
-        assert found.status == "warning" and "not run" in found.text and named in found.text, found
+        assert found.status == "FAILED" and "not run" in found.text, found
     assert results["their code"]["loading"].status == "ok"  # as stock
     assert "code" not in results["tokenizer's code"]
 
@@ -263,6 +287,33 @@ def test_a_check_that_dies_has_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     (result,) = check_folders([tmp_path])[tmp_path]
     assert result.status == "FAILED" and "ended with code 1" in result.text
+
+
+def test_the_check_gets_no_secrets_and_looks_nowhere_else(tmp_path, monkeypatch):
+    """Its environment, folder and home, as a program in Python's place sees them."""
+    seen, stub = tmp_path / "seen", tmp_path / "python"
+    stub.write_text(f'#!/bin/sh\n{{ env; echo "cwd=$(pwd)"; echo "files=$(ls -A)"; }} > "{seen}"\n')
+    stub.chmod(0o755)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "ANY_OTHER"):
+        monkeypatch.setenv(name, "secret")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", ".", "src", str(tmp_path / "kept")]))
+    monkeypatch.setattr(sys, "executable", str(stub))
+    check_folders([tmp_path])
+    found = dict(line.split("=", 1) for line in seen.read_text().splitlines())
+    assert "secret" not in found.values()
+    assert found["PYTHONPATH"] == str(tmp_path / "kept") and found["HF_HUB_OFFLINE"] == "1"
+    assert found["cwd"] == found["HOME"] == found["HF_HOME"] and found["files"] == ""
+    assert found["HOME"] not in (os.environ["HOME"], str(Path.cwd()))
+
+
+def test_a_sound_folder_cuts_long_texts_to_what_the_model_takes(folders):
+    """What the check of model_max_length promises: such a pipeline does not run past the positions."""
+    options = {"truncation": True, "max_new_tokens": 1}
+    generate = transformers.pipeline("text-generation", str(folders["plain"]), device="cpu")
+    assert generate("x" * 100, **options)
+    generate = transformers.pipeline("text-generation", str(folders["too long texts"]), device="cpu")
+    with pytest.raises(IndexError):
+        generate("x" * 100, **options)
 
 
 # Code that travels
@@ -411,7 +462,7 @@ def hub(monkeypatch) -> dict:
 
 
 def checks_give(monkeypatch, results):
-    monkeypatch.setattr("gpt2_hf.publish.check_folders", lambda paths, report, known_code: {paths[0]: results})
+    monkeypatch.setattr("gpt2_hf.publish.check_folders", lambda paths, *_: {paths[0]: results})
 
 
 def answer(status: int, kind=HfHubHTTPError):
@@ -531,6 +582,23 @@ def test_what_an_earlier_upload_left_goes_and_nothing_else(run, hub):
     assert hub["repo"].files.keys() == STOCK - {"generation_config.json"} | set(others)
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "custom_generate/generate.py"])
+def test_what_a_repository_holds_does_not_lead_elsewhere(run, hub, name):
+    publish(run, "me/my-gpt2")
+    hub["repo"].files[name] = b"earlier"
+    before = dict(hub["repo"].files)
+    with pytest.raises(PublishError, match=f"me/my-gpt2 holds {name}, .*: delete it there first"):
+        publish(run, "my-gpt2")
+    assert hub["repo"].files == before
+
+
+def test_what_is_left_out_of_the_check_is_named(run, capsys, hub):
+    (run / "final" / "custom_generate").mkdir()
+    (run / "final" / "a\x1b[2J").write_text("")
+    assert publish(run)
+    assert "left out when published: 'a\\x1b[2J', custom_generate/, events.log" in capsys.readouterr().out
+
+
 def test_private_is_not_pretended(run, hub):
     publish(run, "me/public")
     before = dict(hub["repo"].files)
@@ -550,14 +618,17 @@ def test_the_check_sees_what_goes_up(run, hub, monkeypatch):
     torch.save({}, run / "final" / "pytorch_model.bin")
     seen = []
 
-    def check(paths, report, known_code):
+    def check(paths, report, known_code, auto_map):
         seen.append({path.name: path.read_bytes() for path in paths[0].rglob("*")})
-        assert known_code == OURS
+        assert (known_code, auto_map) == (OURS, AUTO_MAP)
+        (run / "final" / "model.safetensors").write_bytes(b"changed after the check")
         return {paths[0]: PASSES}
 
     monkeypatch.setattr("gpt2_hf.publish.check_folders", check)
+    weights = (run / "final" / "model.safetensors").read_bytes()
     for with_code in (False, True):
-        publish(run, "me/my-gpt2", with_code=with_code)
+        (run / "final" / "model.safetensors").write_bytes(weights)
+        publish(run / "final", "me/my-gpt2", with_code=with_code)
         extra = {"chat_template.jinja"} | (CODE if with_code else set())
         assert seen[-1].keys() - {"README.md"} == STOCK - {"README.md"} | extra
         assert seen[-1] == hub["files"]
@@ -610,7 +681,7 @@ def test_a_failed_check_stops_the_upload(run, hub, monkeypatch, capsys):
 
 
 def test_a_broken_folder_is_checked_and_not_uploaded(run, hub):
-    (run / "final" / "config.json").write_text("{")
+    edit_config(run / "final", n_layer="two")
     with pytest.raises(PublishError, match="cannot be prepared"):  # here the check was made to pass
         publish(run / "final", "me/my-gpt2")
     assert not hub

@@ -154,6 +154,21 @@ def test_several_runs_over_each_other(make_run, tmp_path):
     assert plot_runs([a, b], out) == out and out.is_file()
 
 
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("x.png", b"\x89PNG"), ("x.pdf", b"%PDF-"), ("x.SVG", b"<?xml"), ("x.jpg", b"\xff\xd8\xff")],
+)
+def test_the_ending_names_the_format(make_run, tmp_path, name, start):
+    assert plot_runs([make_run()], tmp_path / name).read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("name", ["x", "x.docx", "x.html", "x.pgf", ".png"])
+def test_an_ending_that_cannot_be_drawn_is_refused(make_run, tmp_path, name):
+    with pytest.raises(ReportError, match=r"ends in .*: a picture's name ends in one of .*\.pdf, .*\.png, .*\.svg"):
+        plot_runs([make_run()], tmp_path / "new" / name)
+    assert not (tmp_path / "new").exists()
+
+
 def test_nothing_to_draw_is_one_line(make_run, tmp_path):
     for folder in (tmp_path / "nowhere", make_run("empty", rows=[])):
         with pytest.raises(ReportError, match=r"no rows in .*metrics\.jsonl: give the folder of a run"):

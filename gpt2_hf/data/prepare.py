@@ -27,10 +27,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from ..knobs import ConfigError, Filled, PathName, Range
 from .audit import ERRORS
 from .clean import MarkContaminated, MarkNearDuplicates, Stage, describe_evaluations, minhash_stages
 from .export import export_llmc
@@ -77,46 +78,36 @@ class PrepareConfig(Source):
         slurm_memory_gb: memory of a task, for Slurm and Ray.
     """
 
-    out: str = ""
-    workers: int = 0
-    tokens_per_shard: int = 100_000_000
-    val_fraction: float | None = None
-    val_documents: int | None = None
+    out: Annotated[str, PathName()] = ""
+    workers: Annotated[int, Range(0, 10_000)] = 0
+    tokens_per_shard: Annotated[int, Range(1)] = 100_000_000
+    val_fraction: Annotated[float, Range(0, below=1)] | None = None
+    val_documents: Annotated[int, Range(0)] | None = None
     val_ids: tuple[str, ...] = ()
     on_error: Literal["skip", "stop"] = "skip"
     dedup: Literal["none", "exact", "minhash"] = "none"
-    decontaminate: tuple[str, ...] = ()
+    decontaminate: tuple[Annotated[str, PathName()], ...] = ()
     contaminated: Literal["drop", "report"] = "drop"
-    decontaminate_ngram: int = 13
+    decontaminate_ngram: Annotated[int, Range(1, 100)] = 13
     overwrite: bool = False
     export: Literal["none", "llmc"] = "none"
     executor: Literal["local", "slurm", "ray"] = "local"
     slurm_partition: str = ""
-    slurm_time: str = "24:00:00"
-    slurm_memory_gb: int = 4
+    slurm_time: Annotated[str, Filled()] = "24:00:00"
+    slurm_memory_gb: Annotated[int, Range(1, 10_000)] = 4
 
     def __post_init__(self) -> None:
-        if bool(self.inputs) == bool(self.dataset):
-            raise ValueError(f"inputs is {list(self.inputs)} and dataset is {self.dataset}: name one of the two")
         if not self.out:
-            raise ValueError("out is empty: name the folder to write to, such as --out data/mine")
-        if self.workers < 0 or self.tokens_per_shard < 1:
-            raise ValueError(
-                f"workers={self.workers}, tokens_per_shard={self.tokens_per_shard}: workers must be >= 0 and "
-                "tokens_per_shard >= 1"
-            )
+            raise ConfigError("out is empty: name the folder to write to, such as --out data/mine")
+        super().__post_init__()
+        if bool(self.inputs) == bool(self.dataset):
+            raise ConfigError(f"inputs is {list(self.inputs)} and dataset is {self.dataset}: name one of the two")
         if (self.val_fraction is not None) + (self.val_documents is not None) + bool(self.val_ids) > 1:
-            raise ValueError("val_fraction, val_documents and val_ids are set together: keep one of them")
-        if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction is {self.val_fraction}: choose 0 <= val_fraction < 1")
-        if self.val_documents is not None and self.val_documents < 0:
-            raise ValueError(f"val_documents is {self.val_documents}: choose 0 or more")
+            raise ConfigError("val_fraction, val_documents and val_ids are set together: keep one of them")
         if self.separator == "":
-            raise ValueError("separator is empty: leave it out, or name a text")
-        if self.decontaminate_ngram < 1:
-            raise ValueError(f"decontaminate_ngram is {self.decontaminate_ngram}: choose 1 or more (13 is usual)")
+            raise ConfigError("separator is empty: leave it out, or name a text")
         if self.executor == "slurm" and not self.slurm_partition:
-            raise ValueError("slurm_partition is empty: name the partition to submit to, see sinfo")
+            raise ConfigError("slurm_partition is empty: name the partition to submit to, see sinfo")
 
     def resolved(self) -> "PrepareConfig":
         """The same with the validation split's default filled in."""

@@ -18,8 +18,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from ..knobs import Filled, Knobs, PathName
 from .tokenizer import ASSETS
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ Row = tuple[Any, dict[str, Any]]  # a document's fields, and where it stands; "s
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(Knobs):
     """Where documents come from.
 
     Args:
@@ -51,12 +52,12 @@ class Source:
         exclude_wikipedia: mark the pages of Wikipedia.
     """
 
-    inputs: tuple[str, ...] = ()
-    dataset: str | None = None
+    inputs: tuple[Annotated[str, PathName()], ...] = ()
+    dataset: Annotated[str, PathName()] | None = None
     name: str | None = None
     revision: str | None = None
-    split: str = "train"
-    text_field: str = "text"
+    split: Annotated[str, Filled()] = "train"
+    text_field: Annotated[str, Filled()] = "text"
     separator: str | None = None
     exclude_wikipedia: bool = False
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from lm_eval.api.samplers import ContextSampler
 
 FILE = Path(__file__).parents[1] / "hellaswag_val.jsonl.gz"
 
@@ -16,3 +17,15 @@ def load(limit: int | None = None, **_: Any) -> dict[str, Dataset]:
     if limit is not None:
         items = [items[i * len(items) // limit] for i in range(limit)]
     return {"validation": Dataset.from_list(items)}
+
+
+class NoShots(ContextSampler):
+    """Refuses shots: the harness takes them from HellaSwag's training split, and only validation ships."""
+
+    def sample(self, n: int, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
+        if n > 0:
+            raise ValueError(
+                f"num_fewshot is {n}, and hellaswag_offline holds only the items that are scored: leave it out, or "
+                "use the task hellaswag, which downloads the training split"
+            )
+        return []
