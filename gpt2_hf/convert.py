@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gpt2_hf.checkpoint import MANIFEST, find_model, is_stock, write_folder
-from gpt2_hf.data.tokenizer import EOT, VOCAB_SIZE, load_tokenizer
+from gpt2_hf.data.tokenizer import EOT, VOCAB_SIZE, load_tokenizer, save_tokenizer
 from gpt2_hf.knobs import Range, checked
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
 from gpt2_hf.program import UserError
@@ -274,6 +274,10 @@ def _read_folder(path: str) -> tuple[Weights, Settings]:
         model = GPTForCausalLM.from_pretrained(path, dtype="auto")
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path} is no file and no gpt2 folder: {_line(error)}") from None
+    if model._hf_peft_config_loaded:
+        raise ConversionError(
+            f"{path} is an adapter: merge it (peft's merge_and_unload), save the result, convert that"
+        )
     print(f"{path}: gpt2, {str(model.dtype).removeprefix('torch.')}")
     return transposed(model.state_dict()), model.config.to_dict()
 
@@ -293,6 +297,11 @@ def _settle(path: str, weights: Weights, settings: Settings) -> GPTConfig:
         raise ConversionError(f"{path} has {C} channels, which {settings['n_head']} heads do not divide: give --n_head")
     if not 0 < rows <= V:
         raise ConversionError(f"{path} has {V} rows of tokens, so --vocab_size cannot be {rows}")
+    if rows < min(V, VOCAB_SIZE) and V in (VOCAB_SIZE, PADDED_VOCAB):
+        raise ConversionError(
+            f"{path} has the rows of GPT-2's {VOCAB_SIZE} tokens: --vocab_size {rows} would cut off rows that texts "
+            "use; leave it out"
+        )
     if rows < V:
         weights |= {name: weights[name][:rows] for name in (TOKENS, HEAD) if name in weights}
         print(f"  vocabulary: cut from {V:,} to {rows:,} rows; --vocab_size keeps more")
@@ -345,7 +354,7 @@ def _write_gpt2(weights: Weights, config: GPTConfig, output: Path, to: Target) -
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
         if config.vocab_size == VOCAB_SIZE:
-            load_tokenizer().save_pretrained(folder)
+            save_tokenizer(load_tokenizer(), folder, config.n_positions)
 
     write_folder(output, write)
     if config.vocab_size != VOCAB_SIZE:

@@ -347,7 +347,8 @@ def load_folder(
     """A GPT-2 checkpoint, stock or ours, or a run's, in float32 and eval mode, and its tokenizer (or the packaged one).
 
     Raises:
-        ValueError: one line, when there is no such folder or model, when it is not a GPT-2, or lacks weights.
+        ValueError: one line, when there is no such folder or model, when it is not a GPT-2, lacks weights or is an
+            adapter.
     """
     from gpt2_hf.model import GPTForCausalLM
 
@@ -367,6 +368,11 @@ def load_folder(
         where = "" if Path(name).is_dir() else " (no such folder, so looked for on the Hub)"
         why = str(error).strip().splitlines()[0].removeprefix(f"cannot load {name}: ")
         raise ValueError(f"cannot load {name}{where}: {why}") from None
+    if model._hf_peft_config_loaded:
+        raise ValueError(
+            f"{name} is an adapter, not a whole model: merge it (peft's merge_and_unload) and give the folder that "
+            "save_pretrained makes of the result"
+        )
     if len(tokenizer) <= 1:  # transformers makes an empty vocabulary of a folder without tokenizer files
         tokenizer = load_tokenizer()
     if len(tokenizer) > model.config.vocab_size:

@@ -81,9 +81,7 @@ def sample_text(
             if not on_cpu:
                 torch.get_device_module(device).manual_seed(seed)
             mask = torch.ones_like(input_ids)
-            output: Any = model.generate(  # type: ignore[misc]
-                input_ids, attention_mask=mask, generation_config=settings
-            )
+            output: Any = model.generate(input_ids, attention_mask=mask, generation_config=settings)
     finally:
         model.train(was_training)
     return tokenizer.batch_decode(output, skip_special_tokens=True)

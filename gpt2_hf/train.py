@@ -32,7 +32,7 @@ from .config import RunConfig
 from .data.remote import open_folder
 from .data.shards import ShardSet, open_split
 from .data.stream import StepLoader, TokenStream
-from .data.tokenizer import load_tokenizer
+from .data.tokenizer import load_tokenizer, save_tokenizer
 from .documents import DocumentMask
 from .evaluate import HellaSwag, load_hellaswag, validation_loss
 from .generate import sample_text
@@ -534,7 +534,7 @@ def write_model(
 ) -> None:
     """A stock gpt2 folder: weights, configurations, tokenizer."""
     model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder, model.config.n_positions)
 
 
 def seed_dropout(seed: int, step: int, first_sample: int) -> None:

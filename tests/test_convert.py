@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from gpt2_hf.checkpoint import write_folder
 from gpt2_hf.convert import ConversionError, convert
+from gpt2_hf.evaluate import load_folder
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
 
 L, H, C, T, V = 2, 4, 32, 24, 211
@@ -302,6 +303,35 @@ def test_vocabularies_that_are_not_padding_stay(tmp_path):
     assert_same_logits(converted, model, tokens=TOKENS % 65)
     assert converted.config.vocab_size == 65 and converted.generation_config.eos_token_id is None
     assert "66" in refused(tmp_path / "ckpt.pt", tmp_path / "more", vocab_size=66)
+
+
+@pytest.mark.parametrize("to", ["nanogpt", "llmc"])
+@pytest.mark.parametrize("rows", [10, 50256])
+def test_rows_that_texts_use_are_not_cut(tmp_path, rows, to):
+    """GPT-2's vocabulary, padded or not, in each of the formats."""
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 8}
+    GPT2LMHeadModel(GPT2Config(**shape, activation_function="gelu_new")).save_pretrained(tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "file", to=to, activation="gelu" if to == "nanogpt" else None)
+    for source, way in ((tmp_path / "file", {}), (tmp_path / "model", {"to": "llmc"})):
+        assert "leave it out" in refused(source, tmp_path / "out", vocab_size=rows, **way)
+    convert(tmp_path / "file", tmp_path / "same", vocab_size=50257)
+
+
+def test_an_adapter_is_not_taken_for_its_base_model(tmp_path):
+    """In a folder of its own, and beside a model's weights."""
+    peft = pytest.importorskip("peft", reason="the extra dev has it")
+    config = GPT2Config(n_layer=1, n_head=1, n_embd=8, n_positions=8, vocab_size=V, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    base = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, fan_in_fan_out=True, target_modules=["c_attn"])
+    peft.get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    shutil.copytree(tmp_path / "base", tmp_path / "both")
+    shutil.copy(tmp_path / "adapter" / "adapter_config.json", tmp_path / "both")
+    config.save_pretrained(tmp_path / "adapter")
+    for folder in ("adapter", "both"):
+        assert "adapter" in refused(tmp_path / folder, tmp_path / "out.bin", to="llmc")
+        with pytest.raises(ValueError, match="adapter"):
+            load_folder(tmp_path / folder)
 
 
 def test_weights_alone_need_the_gelu_and_assume_heads(tmp_path, capsys):

@@ -11,10 +11,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors import safe_open
 from test_generation import EOS, VOCAB, byte_tokenizer, one_thread  # noqa: F401  one_thread: a fixture
 from test_model import SMALL, assert_equal_logits, pair
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     DataCollatorWithFlattening,
     GPT2Config,
@@ -882,6 +884,8 @@ def test_configuration_round_trips(tmp_path):
         "from_pretrained": GPTConfig.from_pretrained(tmp_path),
         "from_json_file": GPTConfig.from_json_file(tmp_path / "plain.json"),
         "from_dict": GPTConfig.from_dict(config.to_dict()),
+        "keywords": GPTConfig(**config.to_dict()),
+        "file's keywords": GPTConfig(**json.loads((tmp_path / "config.json").read_text())),
         "deepcopy": copy.deepcopy(config),
         "pickle": pickle.loads(pickle.dumps(config)),
     }
@@ -897,6 +901,41 @@ def test_configuration_round_trips(tmp_path):
     first = json.loads((tmp_path / "config.json").read_text())
     again["from_pretrained"].save_pretrained(tmp_path / "second")
     assert json.loads((tmp_path / "second" / "config.json").read_text()) == first
+
+
+def test_fields_of_every_configuration_are_taken_and_shown():
+    stock = GPT2Config(**SMALL)
+    for name, value in {
+        "output_attentions": True,
+        "output_hidden_states": True,
+        "num_labels": 5,
+        "id2label": {0: "a", 1: "b", 2: "c"},
+        "name_or_path": "x",
+        "problem_type": "regression",
+        "return_dict": False,
+        "torch_dtype": "bfloat16",
+        "dtype": "bfloat16",
+    }.items():
+        ours, expected = GPTConfig(**SMALL, **{name: value}), GPT2Config(**SMALL, **{name: value})
+        assert getattr(ours, name) == getattr(expected, name), name
+        assert GPTConfig(**ours.to_dict()).to_dict() == ours.to_dict(), name
+    assert GPTConfig(**stock.to_dict()).to_dict().keys() - {"n_ctx"} == stock.to_dict().keys()
+    for misspelt, meant in (("num_label", "num_labels"), ("output_attention", "output_attentions")):
+        with pytest.raises(TypeError, match=f"did you mean '{meant}'"):
+            GPTConfig(**{misspelt: 1})
+    shown = inspect.signature(GPTConfig.__init__).parameters
+    assert shown["n_layer"].default == 12 and shown.keys() == inspect.signature(GPT2Config.__init__).parameters.keys()
+
+
+def test_n_ctx_is_written_and_n_positions_decides(tmp_path):
+    GPTConfig(**SMALL).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["n_ctx"] == config["n_positions"] == SMALL["n_positions"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"n_ctx": 5}))
+    assert GPTConfig.from_pretrained(tmp_path).to_dict()["n_ctx"] == SMALL["n_positions"]  # as stock reads it
+    assert GPTConfig.from_pretrained(tmp_path, n_positions=7).to_dict()["n_ctx"] == 7
+    with pytest.raises(ValueError, match="n_ctx is 5 and n_positions 48"):
+        GPTConfig(**SMALL, n_ctx=5)
 
 
 def test_stock_aliases_name_the_same_fields():
@@ -944,15 +983,14 @@ def test_small_habits_of_pretrained_models(tmp_path):
     assert all(id(t) in known for t in loose)
 
 
-def test_auto_class_takes_ours_when_registered():
-    """By our configuration's class; stock configurations keep on making stock models."""
-    mapping = AutoModelForCausalLM._model_mapping
-    AutoModelForCausalLM.register(GPTConfig, GPTForCausalLM)
-    try:
-        assert type(AutoModelForCausalLM.from_config(GPTConfig(**SMALL))) is GPTForCausalLM
-        assert type(AutoModelForCausalLM.from_config(GPT2Config(**SMALL))) is GPT2LMHeadModel
-    finally:
-        mapping._extra_content.pop(GPTConfig)
+def test_auto_classes_take_ours_by_our_configuration():
+    """Stock configurations keep on making stock models."""
+    for auto, ours, stock in (
+        (AutoModelForCausalLM, GPTForCausalLM, GPT2LMHeadModel),
+        (AutoModel, GPTModel, transformers.GPT2Model),
+    ):
+        assert type(auto.from_config(GPTConfig(**SMALL))) is ours
+        assert type(auto.from_config(GPT2Config(**SMALL))) is stock
 
 
 def test_input_gradients_can_be_required_and_released():

@@ -112,6 +112,38 @@ def test_scores_equal_lm_evaluation_harness(folder, chosen, task, tokenizer, tas
         assert len(set(ours.picks[name].tolist())) == 4
 
 
+def test_the_library_evaluate_gives_the_same_figures(task, items, stream, tokenizer):
+    """From log-likelihoods of our scorer, its picks; from a validation stream's, its bits per byte."""
+    library = pytest.importorskip("evaluate", reason="the extra eval has it")
+    folder = str(REPO / "gpt2_hf" / "assets" / "evaluate" / "likelihood")
+    model = make_model(0.4)
+    scores = task.score(model, **SMALL)
+    metric = library.load(folder)
+    for way, names in (("lm_eval", ("acc", "acc_norm")), ("lecture", ("lecture_acc",))):
+        endings = [hellaswag_texts(item, way)[1] for item in items]
+        found = metric.compute(
+            predictions=scores.loglikelihoods[way].tolist(),
+            references=[item["label"] for item in items],
+            characters=[[len(text) for text in texts] for texts in endings],
+            tokens=[[len(tokenizer.encode(f" {text}")) for text in texts] for texts in endings],
+        )
+        for name in names:
+            assert found[name] == scores.metrics[f"hellaswag_{name}"], name
+    # By hand: the second ending is likelier, the first per character, the third per token.
+    lengths = {"characters": [[10, 4, 3]], "tokens": [[2, 2, 8]]}
+    for right, expected in ((0, (0, 1, 0)), (1, (1, 0, 0)), (2, (0, 0, 1))):
+        found = metric.compute(predictions=[[-4.0, -2.0, -6.0]], references=[right], **lengths)
+        assert (found["acc"], found["acc_norm"], found["lecture_acc"]) == expected
+
+    loss = validation_loss(model, stream, n_windows=3, batch_size=1, device="cpu")
+    windows = stream.batch(0, 3).astype(np.int64)
+    n_bytes = [int(token_byte_lengths()[window[1:]].sum()) for window in windows]
+    with torch.no_grad():
+        nats = [float(model(torch.tensor(w)[None], labels=torch.tensor(w)[None]).loss) * (len(w) - 1) for w in windows]
+    found = library.load(folder, "text").compute(predictions=[-x for x in nats], references=n_bytes)
+    assert found["bits_per_byte"] == pytest.approx(loss["val_bpb"], rel=1e-5)
+
+
 def test_offline_tasks_refuse_shots(task_manager):
     """Their only split is the one that is scored, so shots from it would give answers away."""
     import lm_eval

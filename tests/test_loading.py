@@ -126,6 +126,72 @@ def test_old_files_load_without_a_warning(prefix, buffers, head, write, tmp_path
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_gamma_and_beta_are_layer_norms_names_too(write, tmp_path, logged):
+    """As TensorFlow calls them; saved again, they have GPT-2's names."""
+    stock = stock_model()
+    stock.config.save_pretrained(tmp_path)
+    weights = {
+        name.replace(".weight", ".gamma").replace(".bias", ".beta") if ".ln_" in name else name: p
+        for name, p in stock.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    assert "transformer.h.1.ln_2.gamma" in weights and "transformer.ln_f.beta" in weights
+    write(tmp_path, weights)
+    loaded = GPTForCausalLM.from_pretrained(tmp_path)
+    assert_same(loaded, stock)
+    loaded.save_pretrained(tmp_path / "out")
+    assert_same(GPT2LMHeadModel.from_pretrained(tmp_path / "out"), stock)
+    assert logged == []
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+@pytest.mark.parametrize(("head", "ignore"), [(True, False), (True, True), (False, False)])
+def test_a_padded_vocabulary_is_named(write, head, ignore, tmp_path):
+    """Rows beyond config.json's, as nanoGPT's trainers leave them; with the head beside the embedding or without."""
+    stock = stock_model()
+    stock.config.save_pretrained(tmp_path)
+    weights = stock.state_dict()
+    padded = torch.cat([weights["transformer.wte.weight"], torch.zeros(31, 32)])
+    weights |= {"transformer.wte.weight": padded, "lm_head.weight": padded.clone()}
+    if not head:
+        del weights["lm_head.weight"]
+    write(tmp_path, weights)
+    words = r"weight is \(128, 32\) in the file and \(97, 32\) by config.json: vocab_size=128 loads"
+    with pytest.raises(ValueError, match=words) as caught:
+        GPTForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=ignore)
+    assert len(str(caught.value).splitlines()) == 1
+    whole = GPTForCausalLM.from_pretrained(tmp_path, vocab_size=128)
+    whole.resize_token_embeddings(97)
+    assert_same(whole, stock)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"attn_implementation": "kernels-community/flash-attn"}, "kernels"),
+        ({"attn_implementation": "flash_attention_2"}, "FlashAttention2"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ|optimum"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "aqlm|AQLM"),
+    ],
+    ids=str,
+)
+def test_what_is_not_installed_is_named_in_one_line(changes, words, tmp_path):
+    stock_model().save_pretrained(tmp_path)
+    change_config(tmp_path, **changes)
+    with pytest.raises(ImportError, match=f"cannot load {tmp_path}: .*({words})") as caught:
+        GPTForCausalLM.from_pretrained(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_adapter_beside_weights_is_refused(tmp_path):
+    """transformers would load the adapter's base model and say nothing."""
+    stock_model().save_pretrained(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "gpt2", "peft_type": "LORA"}))
+    with pytest.raises(ValueError, match=r"beside model\.safetensors lies adapter_config\.json"):
+        GPTForCausalLM.from_pretrained(tmp_path)
+
+
 def test_sharded_and_bf16_files(tmp_path, logged):
     stock = stock_model().bfloat16()
     stock.save_pretrained(tmp_path, max_shard_size="20KB")

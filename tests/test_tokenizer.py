@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 
 from gpt2_hf.data import tokenizer
-from gpt2_hf.data.tokenizer import ASSETS, EOT, VOCAB_SIZE, bulk_encoder, encode_document, load_tokenizer
+from gpt2_hf.data.tokenizer import (
+    ASSETS,
+    EOT,
+    VOCAB_SIZE,
+    bulk_encoder,
+    encode_document,
+    load_tokenizer,
+    save_tokenizer,
+)
 from gpt2_hf.data.tokenizer import token_byte_lengths as byte_lengths
 
 tiktoken = pytest.importorskip("tiktoken")
@@ -126,6 +134,28 @@ def test_the_folder_is_a_gpt2_tokenizer_that_survives_saving(tmp_path: Path, hug
         assert tokenizer.encode("a<|endoftext|>b") == [64, EOT, 65]
         assert tokenizer.encode("world") == [6894]  # no space put in front
         assert tokenizer("a b")["attention_mask"] == [1, 1]
+
+
+def test_saved_files_are_read_by_tools_of_any_age(tmp_path: Path, hugging_face):
+    """By what older readers open: string merges (tokenizers before 0.20), the two files of 2019 (transformers 4)."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import AutoTokenizer
+
+    save_tokenizer(hugging_face, tmp_path, n_positions=128)
+    for name in ("vocab.json", "merges.txt"):
+        read = json.loads if name == "vocab.json" else str.splitlines
+        assert read((tmp_path / name).read_text()) == read((FOLDER / name).read_text())
+    merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
+    assert merges == (FOLDER / "merges.txt").read_text().splitlines()[1:]
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["model_max_length"] == 128 and not {"is_local", "local_files_only"} & config.keys()
+    assert hugging_face.model_max_length == 1024  # the given one is as before
+    plain = ByteLevelBPETokenizer.from_file(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.model_max_length == 128
+    for text in TEXTS:
+        assert again.encode(text) == plain.encode(text).ids == hugging_face.encode(text)
+    assert len(again("word " * 300, truncation=True)["input_ids"]) == 128
 
 
 def test_from_the_plain_files_the_ids_are_the_same(hugging_face):

@@ -1,11 +1,16 @@
 """Under releases that are newer than the newest tested, wrong results become an error that names the versions."""
 
+import os
 import re
+import subprocess
+import sys
+from configparser import ConfigParser
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from packaging.version import Version
 from test_train import data, losses, run, tiny  # noqa: F401  # a fixture
 
@@ -44,6 +49,44 @@ def test_one_table_of_versions():
         assert pins[name] == newest
         assert Version(lowest[name]) <= Version(newest)
         assert re.search(rf"\| {name} \| {re.escape(lowest[name])} \| {re.escape(newest)} \|", readme), name
+
+
+def test_every_bound_admits_its_pin():
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    pins = dict(
+        re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text().lower().replace("_", "-"), re.M)
+    )
+    listed = [setup["options"]["install_requires"], *setup["options.extras_require"].values()]
+    for requirement in map(Requirement, "\n".join(listed).split()):
+        pin = pins.get(requirement.name.replace("_", "-"))
+        assert pin is None or Version(pin) in requirement.specifier, requirement
+    for name in ("evaluate", "tokenizers"):
+        assert name in pins
+
+
+def test_code_that_travelled_names_the_version_that_it_needs(tmp_path):
+    """Under an older transformers, which knows its own version by its metadata."""
+    model().save_pretrained(tmp_path / "model", with_code=True)
+    program = f"""
+import importlib.metadata, sys
+class Hide:
+    def find_spec(self, name, *rest):
+        if name.split('.')[0] == 'gpt2_hf': raise ImportError(name)
+sys.meta_path.insert(0, Hide())
+from transformers import AutoModelForCausalLM
+installed = importlib.metadata.version
+importlib.metadata.version = lambda name: '5.0.0' if name == 'transformers' else installed(name)
+try:
+    AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
+except ImportError as error:
+    print(error)
+"""
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    oldest = re.search(r"^ +(transformers>=\S+)$", (ROOT / "setup.cfg").read_text(), re.M)
+    assert f"{oldest[1]} is required" in result.stdout, result.stderr
+    assert "5.0.0" in result.stdout and "stock GPT-2" in result.stdout
 
 
 def test_what_is_untested_is_named(monkeypatch):

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,7 +36,29 @@ def load_tokenizer() -> "PreTrainedTokenizerBase":
     """The shipped tokenizer as transformers' `GPT2Tokenizer`, equal to the hub's `openai-community/gpt2`."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(ASSETS / "tokenizer", local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tokenizer", local_files_only=True)
+    for how in ("is_local", "local_files_only"):  # it was loaded: no word of that in what it saves
+        tokenizer.init_kwargs.pop(how, None)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: Path, n_positions: int) -> None:
+    """Write a byte-level BPE tokenizer so that tools of any age read it, cutting texts at the model's `n_positions`.
+
+    transformers alone writes merges as pairs, which tokenizers before 0.20 cannot read, and neither of the files from
+    2019, which older versions of transformers want.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"model_max_length": n_positions}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt
+    path = folder / "tokenizer.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    # Unambiguous, as no token has a space in it: another character stands for that byte.
+    saved["model"]["merges"] = [m if isinstance(m, str) else " ".join(m) for m in saved["model"]["merges"]]
+    path.write_text(json.dumps(saved, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -11,8 +12,15 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GPT2Config
 from transformers.activations import ACT2FN
+from transformers.utils.versions import require_version
 
 from .hub import HubConfig
+
+# Here, as of code that has travelled this file is read first.
+require_version(
+    "transformers>=5.17",
+    "Without trust_remote_code=True the same weights load as stock GPT-2 in any version.",
+)
 
 # OpenAI's four sizes (Radford et al. 2019, table 2); "gpt2" is the 124M model.
 PRESETS = {
@@ -22,8 +30,9 @@ PRESETS = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
 }
 
-# Names that transformers itself passes to a configuration beside the declared fields.
-_LIBRARY_NAMES = {"attn_implementation", "experts_implementation", "model_type", "torch_dtype", "transformers_version"}
+# What every configuration of transformers takes beside the declared fields, or has in its to_dict().
+_LIBRARY_NAMES = {"attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path"}
+_LIBRARY_NAMES |= {"num_labels", "output_attentions", "per_layer_config", "quantization_config", "torch_dtype"}
 
 
 @contextmanager
@@ -50,15 +59,20 @@ class GPTConfig(HubConfig, GPT2Config):
     def __init__(self, *, _tolerant: bool = False, **kwargs: Any):
         # Hub files carry fields of their own time (n_ctx, task_specific_params): only from_dict may pass those.
         if not _tolerant:
-            known = {f.name for f in fields(GPT2Config)} | set(self.attribute_map) | _LIBRARY_NAMES
+            known = {f.name for f in fields(GPT2Config)} | set(self.attribute_map) | _LIBRARY_NAMES | {"n_ctx"}
             for name in kwargs:
                 if name not in known and not name.startswith("_"):
                     close = difflib.get_close_matches(name, known, 1)
                     hint = f"; did you mean {close[0]!r}?" if close else ""
                     raise TypeError(f"GPTConfig has no field {name!r}{hint}")
+        n_ctx = kwargs.pop("n_ctx", None)  # written by to_dict; n_positions alone decides
         with _as_value_error():
             super().__init__(**kwargs)
+        if not _tolerant and n_ctx not in (None, self.n_positions):
+            raise ValueError(f"n_ctx is {n_ctx} and n_positions {self.n_positions}: leave n_ctx out, it is the same")
         self._check()
+
+    __init__.__signature__ = inspect.signature(GPT2Config.__init__)  # type: ignore[attr-defined]  # for editors and help()
 
     def _check(self) -> None:
         for name in ("n_layer", "n_head", "n_embd", "n_inner", "n_positions", "vocab_size"):
@@ -95,4 +109,5 @@ class GPTConfig(HubConfig, GPT2Config):
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output.pop("_tolerant", None)
+        output["n_ctx"] = self.n_positions  # GPT-2's name for it in 2019, which some converters still read
         return output

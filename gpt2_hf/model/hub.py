@@ -29,6 +29,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_gpt.GPTModel",
     "AutoModelForCausalLM": "modeling_gpt.GPTForCausalLM",
 }
+# LayerNorm's names in files that came from TensorFlow.
+OLD_NAMES = {r"(ln_\w)\.gamma$": r"\1.weight", r"(ln_\w)\.beta$": r"\1.bias"}
 # By this list of class names Trainer knows that smoothed labels need shifting, and pipelines what they support.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gpt2_hf"] = "GPTForCausalLM"
 
@@ -37,6 +39,16 @@ def code_files() -> list[Path]:
     """The files that travel beside weights: modeling_gpt.py and the siblings that it imports."""
     modeling = Path(__file__).with_name("modeling_gpt.py")
     return sorted({modeling, *map(Path, get_relative_import_files(modeling))})
+
+
+def _refuse_two_models(folder: Path) -> None:
+    """transformers passes a folder's own weights by where an adapter's configuration lies beside them."""
+    weights = [*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if weights and (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"cannot load {folder}: beside {weights[0].name} lies adapter_config.json, an adapter's, which would load "
+            "another model: move one of them to a folder of its own"
+        )
 
 
 class HubConfig(ConfigBase):
@@ -100,15 +112,36 @@ class HubModel(ModelBase):
     ) -> Any:
         """As in transformers, but all or nothing: a model with some weights left random is refused.
 
+        That is meant so with ``output_loading_info`` too, whose ``missing_keys`` are therefore always empty.
+
         Raises:
-            ValueError: when the folder holds another model, or not all weights of this one.
+            ValueError: when the folder holds another model, or not all weights of this one, or two models.
             OSError: when there is no such folder or model, or a file of it is cut off or damaged.
+            ImportError: when config.json or an argument asks for a package or a device that is not there.
         """
         name = pretrained_model_name_or_path
+        kwargs["key_mapping"] = OLD_NAMES | (kwargs.get("key_mapping") or {})
+        if isinstance(name, str | Path):
+            _refuse_two_models(Path(name))
         try:
-            loaded: Any = super().from_pretrained(
-                name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
+            try:
+                loaded: Any = super().from_pretrained(
+                    name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                )
+            except NotImplementedError:  # transformers compares a head that it has left out with the embedding
+                ignore_mismatched_sizes = False
+                loaded = super().from_pretrained(
+                    name,
+                    *args,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    **kwargs | {"tie_word_embeddings": False},
+                )
+        except (ImportError, NotImplementedError) as error:  # the second where a quantisation needs another device
+            why = " ".join(str(error).split())
+            raise ImportError(
+                f"cannot load {name}: its config.json, or an argument, asks for what is not there ({why})"
+            ) from error
         except UnpicklingError as error:
             # Its own text would have the reader try weights_only=False.
             why = "or a pickle of more than tensors, which could run code"
@@ -131,9 +164,13 @@ class HubModel(ModelBase):
             raise ValueError(f"cannot load {name}: it lacks {len(missing)} of the model's weights ({missing[0]}, ...)")
         if info["mismatched_keys"] and not ignore_mismatched_sizes:
             key, found, expected = min(info["mismatched_keys"])
+            advice = f": vocab_size={found[0]} loads them all" if key.endswith(("wte.weight", "lm_head.weight")) else ""
             raise ValueError(
-                f"cannot load {name}: {key} is {tuple(found)} in the file and {tuple(expected)} by config.json"
+                f"cannot load {name}: {key} is {tuple(found)} in the file and {tuple(expected)} by config.json{advice}"
             )
+        # Saving would give the old names back.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in conversions if not OLD_NAMES.keys() & set(c.source_patterns)]
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, with_code: bool = False, **kwargs: Any) -> None:

@@ -233,13 +233,15 @@ class GPTForCausalLM(GPTPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(self.config.n_embd, self.config.vocab_size, bias=False)
         self.post_init()
 
-    @functools.wraps(GenerationMixin.generate)
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        stock: Any = super()
         if not GPTForCausalLM._generation_compared:
             if untested():
-                compare_cached(self, super().generate)
+                compare_cached(self, stock.generate)
             GPTForCausalLM._generation_compared = True
-        return super().generate(*args, **kwargs)
+        return stock.generate(*args, **kwargs)
+
+    functools.update_wrapper(generate, GenerationMixin.generate)  # its signature and help
 
     @can_return_tuple
     def forward(
