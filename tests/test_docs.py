@@ -13,7 +13,7 @@ import runpy
 import shlex
 import sys
 from functools import cache
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +205,26 @@ def test_links_and_pictures_exist(page):
             assert target[1:] in anchors, f"{page.name} links to {target}"
         elif not re.match(r"\w+:", target):
             assert (page.parent / target.partition("#")[0]).exists(), f"{page.name} links to {target}"
+
+
+def measured(text: str, units: str) -> set[str]:
+    """Figures with a unit that took some measuring, so with a decimal or a thousand: "1.58 times", "4,840 tokens/s"."""
+    return set(re.findall(rf"\d+[.,]\d+ ?(?:{units})(?![\w/])", text))
+
+
+def test_a_measured_figure_stands_on_one_page():
+    """Two copies of a figure part ways when it is measured again; other pages link to it."""
+    texts = {page.name: page.read_text() for page in PAGES}
+    speeds = {name: measured(text, "tokens/s|MB/s|s|ms|min") for name, text in texts.items() if name != "README.md"}
+    for (one, mine), (other, theirs) in combinations(speeds.items(), 2):
+        assert not mine & theirs, f"{one} and {other}"
+
+
+def test_the_readmes_speeds_are_those_of_the_results():
+    speed = (ROOT / "README.md").read_text().partition("\n## Speed\n")[2].partition("\n## ")[0]
+    numbers = set(NUMBER.findall((ROOT / "docs" / "results.md").read_text()))
+    quoted = set(NUMBER.findall(" ".join(measured(speed, "times|%|tokens/s"))))
+    assert quoted and quoted <= numbers
 
 
 def commands(page: Path) -> list[list[str]]:
