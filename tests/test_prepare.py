@@ -352,7 +352,7 @@ def test_row_groups_of_a_large_table_are_shared(tmp_path: Path, monkeypatch, wan
     out = tmp_path / "out"
     prepare(PrepareConfig((str(source),), out=str(out), workers=1, val_fraction=0))
     assert documents(out, "train") == wanted
-    assert (out / "logs" / "dropped.txt").read_text() == f"{source}:100: no text in the text field\n"
+    assert (out / "logs" / "dropped.txt").read_text() == f"{source}:100: no text in the text field: 'text' is null\n"
 
 
 @pytest.mark.parametrize("compressed", [False, True])
