@@ -26,7 +26,7 @@ EXPECTED = (UserError, argparse.ArgumentError, FloatingPointError, ImportError, 
 LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 
 # Seconds for the launcher to end this process, where the rank that speaks first has met the same error.
-PATIENCE = 2.0
+PATIENCE = 5.0
 
 
 def program(main: Callable[[], None]) -> Callable[[], None]:
