@@ -73,6 +73,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         if os.path.lexists(folder):
             _delete(folder)
         os.replace(temporary, folder)
+        _known_whole.add(_stamp(folder))
         _flush(folder.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -172,7 +173,7 @@ def prune(root: Path, keep_last: int, keep_every: int) -> None:
     n_whole = 0
     for step, path in reversed(saved_steps(root).items()):
         if n_whole < keep_last:
-            n_whole += _problem(path) is None
+            n_whole += _is_whole(path)
         elif not keep_every or step % keep_every:
             _delete(path)
 
@@ -224,6 +225,22 @@ def write_trainer_state(folder: Path, optimizer_state: dict[str, Any], state: di
 
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+# Stamps of folders that this process wrote or read to the end: at every save, gigabytes would be read again.
+_known_whole: set[tuple[Any, ...]] = set()
+
+
+def _stamp(folder: Path) -> tuple[Any, ...]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return folder.absolute(), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    stamp = _stamp(checkpoint)
+    if stamp not in _known_whole and _problem(checkpoint) is None:
+        _known_whole.add(stamp)
+    return stamp in _known_whole
 
 
 def _problem(checkpoint: Path) -> str | None:
