@@ -155,7 +155,7 @@ def take(name: str, value: Any, annotation: Any) -> Any:
         return origin(take(name, item, kind) for item, kind in zip(value, kinds, strict=True))
     elif annotation in (int, float):
         is_number = isinstance(value, int if annotation is int else int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or abs(value) > LARGEST:
+        if not is_number or not math.isfinite(value) or (annotation is int and abs(value) > LARGEST):
             raise ConfigError(f"{name} is {shown(value)}: give a {'whole' if annotation is int else 'finite'} number")
         return annotation(value)
     elif annotation is str and isinstance(value, str):

@@ -162,5 +162,5 @@ def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
     """The Ctrl-C that ``error`` is or comes from: pressed during an import it turns into that import's error."""
     seen = 0
     while error is not None and not isinstance(error, KeyboardInterrupt) and seen < 20:
-        error, seen = error.__cause__ or error.__context__, seen + 1
+        error, seen = error.__cause__ or (None if error.__suppress_context__ else error.__context__), seen + 1
     return error if isinstance(error, KeyboardInterrupt) else None

@@ -471,7 +471,7 @@ def run_script(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch)
         (["llama"], "model_type 'llama'"),
         (["broken"], "cannot load broken"),
         (["model", "--data", "nowhere"], "no prepared data in nowhere"),
-        (["model", "--hellaswag_items", "-1"], "limit is -1"),
+        (["model", "--hellaswag_items", "-1"], "hellaswag_items is -1, and must be >= 0"),
         (["model", "--device", "abacus"], "device 'abacus'"),
         (["model", "--dtype", "int8"], "dtype"),
         (["model", "--hellaswag", "3"], "--hellaswag"),

@@ -61,9 +61,9 @@ def test_a_mixed_folder_says_what_was_not_read(tmp_path: Path, capsys):
 
 @pytest.mark.parametrize("empty", ["", " "])
 def test_an_empty_name_is_refused(tmp_path: Path, empty: str):
-    with pytest.raises(UserError, match="is a variable of the shell unset"):
+    with pytest.raises(UserError, match="is a shell variable unset"):
         config(tmp_path, empty)
-    with pytest.raises(UserError, match="is a variable of the shell unset"):
+    with pytest.raises(UserError, match="is a shell variable unset"):
         config(tmp_path, write_jsonl(tmp_path / "a.jsonl"), decontaminate=(empty,))
 
 

@@ -136,7 +136,7 @@ def test_script_without_a_run_says_so(monkeypatch, tmp_path, capsys):
         (["runs/nothing/final"], "no folder runs/nothing/final"),
         (["nobody/nothing"], "cannot load nobody/nothing"),
         (["model", "-p", " the" * 24], "shorten the prompt"),
-        (["model", "-n", "0"], "n_samples 0"),
+        (["model", "-n", "0"], "samples is 0, and must be >= 1"),
         (["model", "-m", "many"], "max_tokens"),
         (["model", "--sample", "3"], "--sample"),
     ],

@@ -40,7 +40,7 @@ def recipe(path="", **flags):
     """A small recipe; `train__steps=3` is --train.steps 3."""
     model = "--model.n_layer=1 --model.n_head=2 --model.n_embd=8 --data.seq_len=8 --train.global_batch_tokens=96"
     given = [f"--{name.replace('__', '.')}={value}" for name, value in flags.items()]
-    return parse_cli(RunConfig, [*model.split(), "--train.micro_batch_size=3", f"--data.path={path}", *given])
+    return parse_cli(RunConfig, [*model.split(), "--train.micro_batch_size=3", f"--data.path={path or 'data'}", *given])
 
 
 def run_script(monkeypatch, capsys, *arguments):
@@ -453,7 +453,7 @@ def test_errors_are_one_line(make_shards, tmp_path, monkeypatch, capsys):
     assert "name a folder" in refusal(monkeypatch, capsys)
     assert "no recipe" in refusal(monkeypatch, capsys, "--config", tmp_path / "none.yaml")
     root = make_shards({"train": [random_documents(50)], "val": [random_documents(5)]})
-    assert "sample starts at 1" in refusal(monkeypatch, capsys, root, "--sample", 0)
+    assert "sample is 0, and must be >= 1" in refusal(monkeypatch, capsys, root, "--sample", 0)
     for flag in ("--picture", "--json"):
         assert f"there is no folder {tmp_path / 'new'}:" in refusal(monkeypatch, capsys, root, flag, tmp_path / "new/x")
     assert not (tmp_path / "new").exists()
