@@ -136,21 +136,30 @@ def end_with_launcher() -> None:
 
     Otherwise a launcher that was killed would leave training running unseen. Any other parent may go: nohup, tmux.
     """
+    end_with_parent(
+        lambda command: (
+            "python" in os.path.basename(command[0])
+            and bool({os.path.basename(word) for word in command[1:5]} & LAUNCHERS)
+        )
+    )
+
+
+def end_with_parent(is_meant: Callable[[list[str]], bool]) -> None:
+    """Have Linux send SIGTERM to this process when its parent is gone, if that is the one meant by its command line."""
     if not sys.platform.startswith("linux"):
         return
-    launcher = os.getppid()
+    parent = os.getppid()
     try:
-        command = Path(f"/proc/{launcher}/cmdline").read_text().split("\0")
+        command = Path(f"/proc/{parent}/cmdline").read_text().split("\0")
     except (OSError, ValueError):
         return
-    names = {os.path.basename(word) for word in command[1:5]}
-    if "python" not in os.path.basename(command[0]) or not names & LAUNCHERS:
+    if not is_meant(command):
         return
     import ctypes
 
     pr_set_pdeathsig = 1  # linux/prctl.h
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    if os.getppid() != launcher:  # it went in the meantime
+    if os.getppid() != parent:  # it went in the meantime
         os.kill(os.getpid(), signal.SIGTERM)
 
 

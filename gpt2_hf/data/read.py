@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..knobs import Filled, Knobs, PathName
-from ..program import UserError
+from ..program import UserError, end_with_parent
 from .inputs import COMPRESSED, describe, find_files, text_format, walk
 from .json_text import LINE_BYTES, STRIPE_BYTES, Row, hint, is_lines, read_lines, read_values
 from .opening import BOM, LOOK_BYTES, PARQUET, READ_ERRORS, Damaged, is_utf8, look, open_text, packing
@@ -195,6 +195,8 @@ class ReadDocuments:
         if self.running is None:
             yield
             return
+        # Between tasks no marker tells of a worker, and its pool would wait for ever for the server that forked it.
+        end_with_parent(lambda command: any("forkserver" in word for word in command))
         marker = Path(self.running, f"{rank}.{os.getpid()}")
         marker.touch()
         try:
