@@ -41,7 +41,7 @@ def main() -> None:
     if args.micro_batch_size:
         shape = replace(shape, micro_batch_size=args.micro_batch_size)
     if args.what == "step":
-        text = race_steps(shape, device, args.rounds, args.seconds, Path(Path(args.out)), args.peer, args.only, args.ladder)
+        text = race_steps(shape, device, args.rounds, args.seconds, Path(args.out), args.peer, args.only, args.ladder)
     elif args.what == "loop":
         text = race_loop(replace(shape, grad_accum_steps=8), device, args.rounds)
     elif args.what == "start":
