@@ -22,7 +22,7 @@ OUT ?= runs/gpu-check
 
 help:
 	@echo "make demo    train a small GPT-2 on Shakespeare, evaluate it, sample from it (minutes on two cores)"
-	@echo "make test    run the tests; TESTS='tests/test_model.py ...' for some of them"
+	@echo "make test    run the tests; TESTS='tests/model/test_model.py ...' for some of them"
 	@echo "make test-lower  run them with transformers $(LOWEST), the oldest supported"
 	@echo "make test-upper  run them with the newest releases that setup.cfg admits, looked up now"
 	@echo "make gpu-check   on a GPU, with \$$PYTHON as it is: the GPU's tests, then the benchmark; results in $(OUT)"
@@ -83,7 +83,7 @@ gpu-check:
 		accelerate, numpy)), "cuDNN", torch.backends.cudnn.version()); \
 		print("torch.compile:", hardware.compile_obstacle(torch.device("cuda")) or "works")'; \
 	} 2>&1 | tee "$(OUT)/environment.txt"; \
-	$(PYTHON) -m pytest -m gpu -p no:xdist -rs --durations=0 tests/test_gpu.py tests/test_parity.py 2>&1 | tee "$(OUT)/pytest.log" || failed=1; \
+	$(PYTHON) -m pytest -m gpu -p no:xdist -rs --durations=0 tests/test_gpu.py tests/model/test_parity.py 2>&1 | tee "$(OUT)/pytest.log" || failed=1; \
 	$(PYTHON) scripts/benchmark.py --shape 124M --device cuda --out "$(OUT)" 2>&1 | tee "$(OUT)/benchmark.log"; \
 	exit $${failed:-0}
 

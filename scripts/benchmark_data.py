@@ -11,8 +11,8 @@ from gpt2_hf.program import program
 @program
 def main() -> None:
     # Imported here because every worker process imports this file again, and needs none of it.
-    from gpt2_hf.data.read import Source
-    from gpt2_hf.data.speed import benchmark_encoding, benchmark_preparation, benchmark_worker, read_texts
+    from gpt2_hf.benchmark.speed import benchmark_encoding, benchmark_preparation, benchmark_worker, read_texts
+    from gpt2_hf.corpus.read import Source
 
     parser, count = Arguments(__doc__), Annotated[int, Range(1)]
     parser.add_knob(

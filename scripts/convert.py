@@ -16,7 +16,7 @@ from gpt2_hf.program import program
 def main() -> None:
     from transformers.utils import logging
 
-    from gpt2_hf.convert import convert
+    from gpt2_hf.sharing.convert import convert
 
     description = (__doc__ or "").partition("\n")[0]
     parser, path = Arguments(description), Annotated[str, PathName()]

@@ -18,7 +18,7 @@ ROWS = (
 
 @program
 def main() -> None:
-    from gpt2_hf.evaluate import evaluate_folder
+    from gpt2_hf.evaluation.evaluate import evaluate_folder
 
     parser = Arguments(__doc__)
     parser.add_knob("folder", kind=Annotated[str, PathName()], help="a run, a folder with a GPT-2 in it, or a hub id")

@@ -25,9 +25,10 @@ def main() -> None:
     import torch
 
     from gpt2_hf.data.tokenizer import load_tokenizer
-    from gpt2_hf.evaluate import load_folder
-    from gpt2_hf.generate import newest_run, sample_text
+    from gpt2_hf.evaluation.evaluate import load_folder
+    from gpt2_hf.evaluation.generate import sample_text
     from gpt2_hf.model import GPTConfig, GPTForCausalLM
+    from gpt2_hf.runs import newest_run
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     folder = args.folder or newest_run()

@@ -17,8 +17,8 @@ from gpt2_hf.program import program
 @program
 def main() -> None:
     from gpt2_hf.config import RunConfig
-    from gpt2_hf.data.inspection import inspect_data
-    from gpt2_hf.data.inspection_text import draw_lengths, render
+    from gpt2_hf.corpus.inspection import inspect_data
+    from gpt2_hf.corpus.inspection_text import draw_lengths, render
 
     description = (__doc__ or "").splitlines()[0]
     parser, file = Arguments(description), Annotated[str, PathName()]

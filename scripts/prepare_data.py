@@ -12,7 +12,7 @@ from gpt2_hf.program import UserError, program
 def main() -> None:
     # Imported here because every worker process imports this file again, and needs none of it.
     from gpt2_hf.cli import parse_cli
-    from gpt2_hf.data.prepare import PrepareConfig, prepare
+    from gpt2_hf.corpus.prepare import PrepareConfig, prepare
 
     try:
         prepare(parse_cli(PrepareConfig, positional="inputs"))

@@ -1,5 +1,7 @@
 """Pretrain GPT-2 by a recipe: accelerate launch scripts/pretrain.py --config recipes/gpt2_124m.yaml"""
 
+import os
+
 from gpt2_hf.program import end_with_launcher, program
 
 
@@ -10,9 +12,13 @@ def main() -> None:
     from gpt2_hf.config import RunConfig
 
     config = parse_cli(RunConfig)
-    from gpt2_hf.train import train
+    from gpt2_hf.training.loop import train
 
-    train(config)
+    run = train(config).parent
+    if os.environ.get("RANK", "0") == "0":
+        from gpt2_hf.reporting.curves import show_run
+
+        show_run(run)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from gpt2_hf.program import program
 
 @program
 def main() -> None:
-    from gpt2_hf.publish import publish
+    from gpt2_hf.sharing.publish import publish
 
     parser = Arguments(__doc__)
     parser.add_knob("folder", kind=Annotated[str, PathName()], help="a run, or a folder with a GPT-2 in it")

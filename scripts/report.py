@@ -10,7 +10,7 @@ from gpt2_hf.program import program
 
 @program
 def main() -> None:
-    from gpt2_hf.report import plot_runs
+    from gpt2_hf.reporting.curves import plot_runs
 
     parser, path = Arguments(__doc__), Annotated[str, PathName()]
     parser.add_knob("runs", nargs="*", kind=path, help="folders of runs (default: the newest under runs/)")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_hf.checkpoint import write_folder
 from gpt2_hf.data.tokenizer import load_tokenizer
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
+from gpt2_hf.runs import write_folder
 
 ROOT = Path(__file__).parent.parent
 LONG = "9" * 5000

@@ -22,7 +22,7 @@ import torch
 
 from gpt2_hf import GPTConfig, GPTForCausalLM
 from gpt2_hf.cli import parse_cli
-from gpt2_hf.data.prepare import PrepareConfig, prepare
+from gpt2_hf.corpus.prepare import PrepareConfig, prepare
 from gpt2_hf.data.tokenizer import load_tokenizer
 from gpt2_hf.model.loss import LossKernels
 
@@ -152,7 +152,7 @@ def test_the_notebook_finds_a_model_by_itself(tmp_path, monkeypatch):
     run(code_cells()[0], names, "cell 0")
     assert Path(names["source"]).resolve() == run_folder
 
-    monkeypatch.setattr("gpt2_hf.evaluate.load_folder", refuse)
+    monkeypatch.setattr("gpt2_hf.evaluation.evaluate.load_folder", refuse)
     monkeypatch.chdir(tmp_path)
     assert "random weights" in run(code_cells()[0], names, "cell 0")
 

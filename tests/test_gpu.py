@@ -14,11 +14,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import is_flash_attn_2_available
 
 from gpt2_hf import hardware
-from gpt2_hf import train as training
-from gpt2_hf.documents import DocumentMask
-from gpt2_hf.metrics import read_rows
+from gpt2_hf.data.documents import DocumentMask
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
-from gpt2_hf.train import train, train_step
+from gpt2_hf.runs import read_rows
+from gpt2_hf.training import loop as training
+from gpt2_hf.training.loop import train, train_step
 
 pytestmark = [
     pytest.mark.gpu,

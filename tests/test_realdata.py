@@ -10,7 +10,7 @@ import pytest
 from test_tokenizer import assert_all_agree
 from test_train import losses, run, tiny
 
-from gpt2_hf.data.prepare import PrepareConfig, prepare
+from gpt2_hf.corpus.prepare import PrepareConfig, prepare
 from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.tokenizer import load_tokenizer
 

@@ -13,7 +13,7 @@ import pytest
 from gpt2_hf import knobs
 from gpt2_hf.cli import field_types, parse_cli
 from gpt2_hf.config import OptimSection, RunConfig, TrainSection
-from gpt2_hf.data.prepare import PrepareConfig
+from gpt2_hf.corpus.prepare import PrepareConfig
 from gpt2_hf.knobs import ConfigError
 
 ROOT = Path(__file__).parent.parent

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from gpt2_hf.data.tokenizer import load_tokenizer
-from gpt2_hf.evaluate import HellaSwag, load_folder, load_hellaswag
-from gpt2_hf.model import GPTConfig, GPTForCausalLM
+from ..data.tokenizer import load_tokenizer
+from ..evaluation.evaluate import load_folder
+from ..evaluation.hellaswag import HellaSwag, load_hellaswag
+from ..model import GPTConfig, GPTForCausalLM
 
 Picks = dict[str, np.ndarray]  # by metric, acc and acc_norm: the number of the ending picked for each item
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from .. import hardware
-from ..train import DTYPES
+from ..training.loop import DTYPES
 from .variants import Shape
 
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from .. import hardware
-from ..metrics import flops_per_token
+from ..training.metrics import flops_per_token
 from .limits import floor_seconds, peak_of
 from .race import RaceError, Result, Row
 from .variants import Shape, initial_model

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from .. import hardware
-from .. import train as training
 from ..config import CheckpointSection, EvalSection
-from ..metrics import read_rows
+from ..runs import read_rows
+from ..training import loop as training
 from .hellaswag import race_hellaswag, write_random_model
 from .race import RaceError, Worker, race
 from .results import as_text, summarize, write

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ..metrics import peak_memory_gb
+from ..training.metrics import peak_memory_gb
 from .breakdown import profile_step
 from .variants import Shape, Step, Variant, build, read_batches
 

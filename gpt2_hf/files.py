@@ -1,0 +1,75 @@
+"""Files that are whole or absent, on the disk when they are said to be, and locks that die with their process."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its name when it is complete and on the disk; an error leaves no trace."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            to_disk(file)
+        os.replace(temporary, path)
+        to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_disk(file: IO[Any] | Path) -> None:
+    """Make an open file, a closed one, or the names in a folder, outlast a loss of power."""
+    if isinstance(file, Path):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    else:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def lock(file: IO[Any], wait: bool = True) -> bool:
+    """Make an open file this process's own until `unlock`, or until the process ends in whatever way.
+
+    Returns:
+        False when another has it and `wait` is False.
+
+    Raises:
+        OSError: where the system, or the file's file system, has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        raise OSError(errno.ENOTSUP, "this system has no file locks") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def unlock(file: IO[Any], close: bool = True) -> None:
+    """Let go of a locked file: closing alone is not enough where a forked child holds it too."""
+    import fcntl
+
+    if not file.closed:
+        fcntl.flock(file, fcntl.LOCK_UN)
+        if close:
+            file.close()
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,265 @@
+"""A run's folder, for whoever writes or reads one: which models it holds, whether they are whole, what was measured.
+
+    RUN/checkpoints/step-00001000/      a stock gpt2 folder: config.json, model.safetensors, tokenizer, ...
+                      trainer_state/    what only a resumed run needs: optimizer.pt, state.json
+                      manifest.json     name, size and sha256 of every file above
+        final/                          the same, without trainer_state, when the run is finished
+        metrics.jsonl                   a row for each measurement
+
+A model's folder is written beside its place under a temporary name, flushed to the disk, and renamed: whatever happens,
+a folder with its final name is complete. Its manifest tells a file that was damaged later. What else someone put into
+a folder (a README.md in ``final``) is not ours to delete: it stays when the folder is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path, PurePath
+from typing import Any
+
+from .files import sha256, to_disk
+
+MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state"
+# Beside the weights and a README.md, all that a gpt2 folder has had since 2019.
+STOCK_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Make ``folder`` with the files that ``write(temporary_folder)`` puts there, all of it or nothing.
+
+    An older folder of that name is replaced, but for files in it that are not a model's. An error in ``write`` leaves
+    no trace, nor does an earlier kill.
+    """
+    temporary = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(_doomed(folder), ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        entries = {
+            path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in files
+        }
+        (temporary / MANIFEST).write_text(json.dumps(entries, indent=1))
+        if folder.is_dir() and not folder.is_symlink():
+            _keep_foreign(folder, temporary)
+        for path in (*temporary.rglob("*"), temporary):
+            if not path.is_symlink():
+                to_disk(path)
+        if os.path.lexists(folder):
+            _delete(folder)
+        os.replace(temporary, folder)
+        _known_whole.add(_stamp(folder))
+        to_disk(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def is_stock(name: str) -> bool:
+    """Whether a file of this name directly in a gpt2 folder is part of the model as transformers saves it."""
+    return name in STOCK_FILES or _WEIGHTS.fullmatch(name) is not None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder made by ``write_folder``, or None when every file is as it was written."""
+    try:
+        entries = _read_manifest(folder)
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    for name, entry in entries.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        if sha256(path) != entry["sha256"]:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    """Whether two folders were written with the same weights, by their manifests; not when one cannot be read."""
+    try:
+        first, second = _read_manifest(a), _read_manifest(b)
+    except (OSError, ValueError):
+        return False
+    names = {name for name in (first | second) if name.endswith(".safetensors")}
+    return bool(names) and all(first.get(name) == second.get(name) for name in names)
+
+
+def saved_steps(root: Path) -> dict[int, Path]:
+    """Step -> folder of the checkpoints under ``root``, in order, whole or not."""
+    found = {int(m[1]): path for path in root.glob("step-*") if (m := _STEP_FOLDER.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def newest_whole(root: Path, warn: Callable[[str], None] = print) -> Path | None:
+    """The newest undamaged checkpoint under ``root``; damaged ones are named to ``warn`` and passed over."""
+    for path in reversed(saved_steps(root).values()):
+        if (problem := _problem(path)) is None:
+            return path
+        warn(f"checkpoint {path} is damaged and not used: {problem}")
+    return None
+
+
+def final_problem(run: Path, newest: Path | None) -> str | None:
+    """Why ``RUN/final`` is not the model that the run has come to, or None when it is.
+
+    Args:
+        newest: the run's newest whole checkpoint; None where none was kept. A run that was trained on after its end
+            has checkpoints that are newer than ``final``.
+    """
+    final = run / "final"
+    if not final.is_dir():
+        return "final is not there"
+    if problem := damage(final):
+        return f"final is damaged: {problem}"
+    if newest is not None and not same_weights(newest, final):
+        return f"final has other weights than {newest.name}"
+    return None
+
+
+def find_model(folder: Path, say: Callable[[str], None] = print) -> Path:
+    """The gpt2 folder meant by ``folder``: itself, or of a run the model that it has come to.
+
+    That is ``final``, or the newest whole checkpoint where ``final`` is missing, damaged or older; ``say`` hears which.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    if (folder / "config.json").is_file():
+        return folder
+    newest = newest_whole(folder / "checkpoints", say)
+    problem = final_problem(folder, newest)
+    found = newest if problem else folder / "final"
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds no model: no config.json, no whole checkpoint, and {problem}")
+    say(f"{folder} is a run: taking {found}" + (f", as {problem}" if problem else ""))
+    return found
+
+
+def newest_run(runs: str | Path = "runs") -> Path | None:
+    """The checkpoint folder written last under `runs`: a run's `final`, or one of its `checkpoints/step-*`."""
+    found = [*Path(runs).glob("*/final"), *Path(runs).glob("*/checkpoints/step-*")]
+    # Ours are renamed into place when complete; a folder copied here may not be.
+    whole = [
+        folder for folder in found if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors"))
+    ]
+    return max(whole, key=lambda folder: (folder / "config.json").stat().st_mtime, default=None)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All whole rows; a last line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def prune(root: Path, keep_last: int, keep_every: int) -> None:
+    """Delete checkpoints older than the newest ``keep_last`` whole ones, but for multiples of ``keep_every`` (0: none).
+
+    A damaged checkpoint counts for nothing: it must not push out one that a run can go on from.
+    """
+    n_whole = 0
+    for step, path in reversed(saved_steps(root).items()):
+        if n_whole < keep_last:
+            n_whole += _is_whole(path)
+        elif not keep_every or step % keep_every:
+            _delete(path)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete what a kill left of folders that were being written or deleted."""
+    for folder in (run, run / "checkpoints"):
+        for path in (*folder.glob(".*.writing"), *folder.glob(".*.deleting")):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# Stamps of folders that this process wrote or read to the end: at every save, gigabytes would be read again.
+_known_whole: set[tuple[Any, ...]] = set()
+
+
+def _stamp(folder: Path) -> tuple[Any, ...]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return folder.absolute(), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    stamp = _stamp(checkpoint)
+    if stamp not in _known_whole and _problem(checkpoint) is None:
+        _known_whole.add(stamp)
+    return stamp in _known_whole
+
+
+def _problem(checkpoint: Path) -> str | None:
+    """``damage``, or that what has a checkpoint's name is none of ours."""
+    if checkpoint.is_symlink():
+        return "it is a symbolic link"
+    return damage(checkpoint) if checkpoint.is_dir() else "it is not a folder"
+
+
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """File name -> its size and hash. Raises OSError, or ValueError when it is no list of files in the folder."""
+    entries = json.loads((folder / MANIFEST).read_text())
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError("it lists no files")
+    for name, entry in entries.items():
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            raise ValueError(f"{name} has no size or no hash")
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise ValueError(f"{name} leads out of the folder")
+    return entries
+
+
+def _keep_foreign(old: Path, new: Path) -> None:
+    """Copy to ``new`` what the folder that it replaces has beside the files that we wrote."""
+    try:
+        ours = {PurePath(name).parts[0] for name in _read_manifest(old)}
+    except (OSError, ValueError):
+        ours = set()
+    for path in old.iterdir():
+        if path.name in ours or path.name in (MANIFEST, TRAINER_STATE) or is_stock(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True, dirs_exist_ok=True)
+        elif not os.path.lexists(new / path.name):
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
+
+
+def _doomed(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.deleting")
+
+
+def _delete(folder: Path) -> None:
+    if folder.is_symlink() or not folder.is_dir():
+        folder.unlink()
+        return
+    # Renamed first: a kill in the middle must not leave half a folder under a name that promises a whole one.
+    shutil.rmtree(_doomed(folder), ignore_errors=True)
+    os.replace(folder, _doomed(folder))
+    shutil.rmtree(_doomed(folder))

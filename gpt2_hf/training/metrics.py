@@ -1,0 +1,138 @@
+"""What a run reports: FLOPs, throughput, and the rows of metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..model.configuration_gpt import GPTConfig
+from ..program import print_any_character
+from ..runs import read_rows
+
+
+def flops_per_token(n_parameters: int, config: GPTConfig, seq_len: int) -> int:
+    """Training FLOPs per token, forward and backward: 6 N + 12 L C T.
+
+    Every parameter multiplies and adds once forward and twice backward (Kaplan et al. 2020, sec. 2.1); attention's two
+    products over T positions cost 12 T C per layer (Chowdhery et al. 2022, appendix B, counts all T, not the causal
+    half). Recomputed activations do not count.
+    """
+    return 6 * n_parameters + 12 * config.n_layer * config.n_embd * seq_len
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Most memory held so far, in GB: allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class Throughput:
+    """Tokens per second and MFU of training alone.
+
+    Args:
+        tokens_per_step: over all processes.
+        peak_tokens_per_sec: what all processes' devices would do at their peak FLOP/s. A rate above it, which a peak
+            measured in a bad moment allows, takes its place: no machine does more than it can.
+    """
+
+    def __init__(self, tokens_per_step: int, peak_tokens_per_sec: float):
+        self.tokens_per_step = tokens_per_step
+        self.peak_tokens_per_sec = peak_tokens_per_sec
+        self._since: tuple[int, float] | None = None
+
+    def restart(self, step: int) -> None:
+        """Count from after ``step`` on: what came before was compilation, evaluation or saving."""
+        self._since = (step, time.perf_counter())
+
+    def measure(self, step: int) -> dict[str, float]:
+        """``tokens_per_sec`` and ``mfu`` since the last call or restart; nothing when no step lies between."""
+        row = {}
+        if self._since and step > self._since[0]:
+            rate = (step - self._since[0]) * self.tokens_per_step / (time.perf_counter() - self._since[1])
+            self.peak_tokens_per_sec = max(self.peak_tokens_per_sec, rate)
+            row = {"tokens_per_sec": round(rate, 1), "mfu": round(rate / self.peak_tokens_per_sec, 4)}
+        self.restart(step)
+        return row
+
+
+class RunLog:
+    """A run's progress bar, its metrics.jsonl and trackers; silent on all ranks but the first, which is ``enabled``.
+
+    Each row is a JSON object with ``step``, ``tokens_seen`` and what was measured then. Opening the log for a run that
+    resumes after ``start_step`` drops what a killed run wrote later: those steps are made again.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        start_step: int,
+        total_steps: int,
+        tokens_per_step: int,
+        enabled: bool,
+        track: Callable[..., None] | None = None,
+    ):
+        self.tokens_per_step = tokens_per_step
+        self.enabled = enabled
+        self.track = track
+        print_any_character()
+        # A log file gets a line every 15 seconds, a terminal a live bar.
+        self.bar = tqdm(
+            total=total_steps,
+            initial=start_step,
+            desc=run_dir.name,
+            unit="step",
+            disable=not self.enabled,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 15,
+        )
+        if self.enabled:
+            path = run_dir / "metrics.jsonl"
+            kept = [row for row in read_rows(path) if row["step"] <= start_step] if start_step else []
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(temporary, path)
+            self._file = path.open("a", buffering=1)
+
+    def write(self, step: int, row: dict[str, Any]) -> None:
+        """Write a row, if there is anything in it, hand it to the trackers, and show its main figures."""
+        if not (row and self.enabled):
+            return
+        row = {"step": step, "tokens_seen": step * self.tokens_per_step, **row}
+        self._file.write(json.dumps(row) + "\n")
+        if self.track:
+            self.track({key: value for key, value in row.items() if not isinstance(value, list)}, step=step)
+        if "train_loss" in row:
+            shown = {"loss": f"{row['train_loss']:.4f}", "lr": f"{row['lr']:.2e}"}
+            if "mfu" in row:
+                shown |= {"tok/s": f"{row['tokens_per_sec']:,.0f}", "mfu": f"{row['mfu']:.1%}"}
+            self.bar.set_postfix(shown, refresh=False)
+        if "val_loss" in row:
+            self.say(f"step {step}: validation loss {row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte")
+        if "hellaswag_items" in row:
+            self.say(
+                f"step {step}: HellaSwag {row['hellaswag_lecture_acc']:.1%} +- {row['hellaswag_stderr']:.1%} on "
+                f"{row['hellaswag_items']:,} items (lm-eval acc {row['hellaswag_acc']:.1%}, "
+                f"acc_norm {row['hellaswag_acc_norm']:.1%})"
+            )
+        for text in row.get("samples", ()):
+            self.say(f"step {step}: sample: {text!r}")
+
+    def say(self, text: str) -> None:
+        if self.enabled:
+            self.bar.write(text, file=sys.stdout)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.enabled:
+            self._file.close()

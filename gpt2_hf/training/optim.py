@@ -1,0 +1,149 @@
+"""The update: which parameter is treated how, AdamW, Muon, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from .. import hardware
+from ..config import OptimSection
+
+
+def lr_at(step: int, total_steps: int, config: OptimSection) -> float:
+    """Learning rate of update ``step`` (0-based) as a share of its peak, in [0, 1].
+
+    Linear warm-up that reaches the peak at update ``warmup_steps - 1``; then half a cosine, or a plateau with a linear
+    end (trapezoid), down to ``min_lr_ratio`` at ``total_steps``, where it stays.
+    """
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    if step >= total_steps:
+        return config.min_lr_ratio
+    if config.schedule == "trapezoid":
+        decay_steps = max(1, round(config.decay_ratio * total_steps))
+        height = min(1.0, (total_steps - step) / decay_steps)
+    else:
+        height = 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / (total_steps - config.warmup_steps)))
+    return config.min_lr_ratio + height * (1 - config.min_lr_ratio)
+
+
+def build_optimizers(model: nn.Module, config: OptimSection, device: torch.device) -> list[Optimizer]:
+    """AdamW over all parameters, or Muon for the blocks' matrices and AdamW for the rest.
+
+    Matrices and embeddings decay, vectors (biases, norms) do not. Each group keeps its peak rate in ``peak_lr``.
+    """
+    named = dict(model.named_parameters())  # a tied head appears once
+    matrices = {name for name, p in named.items() if p.ndim >= 2}
+    for_muon = {name for name in matrices if ".h." in name} if config.name == "muon" else set()
+
+    def group(names: Iterable[str], decay: float, lr: float) -> dict[str, Any]:
+        return {"params": [named[n] for n in sorted(names)], "weight_decay": decay, "lr": lr, "peak_lr": lr}
+
+    adam_groups = [
+        group(matrices - for_muon, config.weight_decay, config.lr),
+        group(named.keys() - matrices, 0.0, config.lr),
+    ]
+    # Fused AdamW is one kernel per group instead of a dozen per tensor.
+    fused = device.type in ("cuda", "cpu")
+    optimizers: list[Optimizer] = [AdamW(adam_groups, betas=config.betas, eps=config.eps, fused=fused)]
+    if for_muon:
+        optimizers.append(Muon([group(for_muon, config.weight_decay, config.muon_lr)], momentum=config.muon_momentum))
+    grouped = [id(p) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]]
+    assert len(grouped) == len(set(grouped)) == len(named), "every parameter belongs to exactly one group"
+    return optimizers
+
+
+def set_lr(optimizers: Iterable[Optimizer], share: float) -> None:
+    """Set every group's learning rate to ``share`` of its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["peak_lr"]
+
+
+def step_optimizers(optimizers: Sequence[Optimizer], scaler: torch.amp.GradScaler | None, grad_norm: Tensor) -> None:
+    """Update with each optimizer and clear its gradients; under fp16 a step that overflowed is skipped by all of them.
+
+    Not by Accelerate's wrappers: each updates the scaler, after which the next unscales its gradients a second time.
+
+    Args:
+        grad_norm: of all parameters, unscaled. The scaler judges each optimizer's gradients apart, but clipping has
+            divided all of them by this: where it is not finite, none is fit to use.
+    """
+    # One optimizer's verdict is that on all gradients, and is not waited for.
+    overflowed = scaler is not None and len(optimizers) > 1 and not math.isfinite(grad_norm)
+    for optimizer in optimizers:
+        if scaler is None:
+            optimizer.step()
+        elif not overflowed:
+            scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    if scaler is not None:
+        scaler.update()
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Push all singular values of each matrix towards 1, keeping its singular vectors, without an SVD.
+
+    Newton-Schulz iteration with the quintic of Jordan et al. 2024 ("Muon"), whose coefficients trade exactness
+    (values end between about 0.7 and 1.2) for speed.
+
+    Args:
+        matrices: (n, rows, cols).
+        dtype: to compute in; bf16 is as good, and faster where the device has it.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if wide else matrices  # fewer rows than columns makes the Gram matrix small
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if wide else x
+
+
+class Muon(Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024), scaled to AdamW's usual update size (Liu et al. 2025, sec. 2.2).
+
+    For the [in, out] matrices of GPT-2's blocks. ``c_attn`` holds three matrices side by side (query, key, value),
+    each orthogonalised by itself. Matrices of one shape go through the iteration as one batch.
+
+    Args:
+        params: groups of 2-D parameters with ``lr`` and ``weight_decay`` (decoupled).
+        momentum: of the Nesterov average of gradients.
+    """
+
+    def __init__(self, params: Any, lr: float = 6e-4, momentum: float = 0.95, weight_decay: float = 0.1):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            blocks: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}  # shape -> (part of parameter, its update)
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                buffer = state["momentum_buffer"]
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(buffer, group["momentum"])
+                side_by_side = p.shape[1] // p.shape[0] if p.shape[1] == 3 * p.shape[0] else 1
+                for part, part_update in zip(p.chunk(side_by_side, 1), update.chunk(side_by_side, 1), strict=True):
+                    blocks.setdefault(part.shape, []).append((part, part_update))
+            for shape, pairs in blocks.items():
+                updates = torch.stack([update for _, update in pairs])
+                has_bf16 = hardware.default_precision(updates.device) == "bf16"
+                directions = orthogonalize(updates, dtype=torch.bfloat16 if has_bf16 else torch.float32)
+                # AdamW's updates have a root mean square of 0.2 to 0.4; an orthogonal matrix has 1 / sqrt(longer side).
+                scale = 0.2 * math.sqrt(max(shape))
+                for (part, _), direction in zip(pairs, directions, strict=True):
+                    part.mul_(1 - group["lr"] * group["weight_decay"])
+                    part.add_(direction.to(part.dtype), alpha=-group["lr"] * scale)
+        return loss

@@ -1,0 +1,266 @@
+"""The benchmark measures what it says: the same training in every variant, and honest arithmetic on the times."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from gpt2_hf import hardware
+from gpt2_hf.benchmark import results, run, variants
+from gpt2_hf.benchmark.breakdown import profile_step
+from gpt2_hf.benchmark.limits import floor_seconds, measure_limits
+from gpt2_hf.benchmark.race import RaceError, Result, Row, race
+from gpt2_hf.benchmark.variants import OURS, Shape, Variant, build, read_batches
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+TINY = Shape(n_layer=2, n_embd=32, n_head=2, seq_len=64, micro_batch_size=2, grad_accum_steps=2, vocab_size=307)
+PLAIN_OURS = replace(OURS, compile=False, bf16=False)
+STOCK = Variant("transformers fp32", "stock")
+
+# A model in nanoGPT's form: its names, nn.Linear's [out, in] weights, forward(tokens, targets) -> (logits, loss).
+NANO = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int = 8
+    vocab_size: int = 8
+    n_layer: int = 1
+    n_head: int = 1
+    n_embd: int = 8
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+    def forward(self, x):
+        heads = (part.unflatten(-1, (self.n_head, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, -1))
+        return self.c_proj(F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2))
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
+        self.attn, self.mlp = Attention(config), MLP(config)
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+class Small(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd), wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList(Block(config) for _ in range(config.n_layer)), ln_f=nn.LayerNorm(config.n_embd)))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+    def forward(self, tokens, targets):
+        parts = self.transformer
+        x = parts.wte(tokens) + parts.wpe(torch.arange(tokens.shape[1]))
+        for block in parts.h:
+            x = block(x)
+        logits = self.lm_head(parts.ln_f(x))
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_every_variant_trains_the_same_model_alike(tmp_path):
+    """Our step, the plain loop on stock GPT-2, and a nanoGPT: the same losses over five updates."""
+    (tmp_path / "nano.py").write_text(NANO)
+    curves = []
+    for variant in (PLAIN_OURS, STOCK, Variant("nano", f"{tmp_path / 'nano.py'}:Small"), replace(STOCK, fused=True)):
+        step = build(variant, TINY, CPU)
+        curves.append([float(step(batch)) for batch in read_batches(TINY)[:5]])
+    assert curves[0][-1] < curves[0][0] - 0.05
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_padded_vocabulary_changes_little():
+    losses = [float(build(replace(STOCK, padded=p), TINY, CPU)(read_batches(TINY)[0])) for p in (False, True)]
+    assert 0 < losses[1] - losses[0] < 0.3  # 384 instead of 307 columns, which the softmax counts
+
+
+def test_race_of_processes(tmp_path):
+    lost = Variant("lost", f"{tmp_path}/none.py:GPT")
+    result = race([PLAIN_OURS, STOCK, lost], TINY, CPU, rounds=2, seconds=0.05, logs=tmp_path / "logs")
+    found = results.summarize(result, TINY, CPU)
+    results.write(found, tmp_path)
+    assert [row["label"] for row in found["table"]] == ["gpt2_hf", "transformers fp32"]
+    for row in found["table"]:
+        assert 0 < row["slowest"] <= row["tokens_per_sec"] <= row["fastest"] and row["peak_memory_gb"] > 0.1
+        assert row["steps"] >= 4
+    assert found["table"][1]["ratio"] == 1 and "no file" in found["failed"]["lost"]
+    assert sum(found["breakdown_ms"].values()) > 0
+    assert json.loads((tmp_path / "benchmark.json").read_text()) == found
+    table = (tmp_path / "benchmark.md").read_text()
+    assert "| lost | failed: ValueError: --peer" in table and "largest difference of our first 3 losses" in table
+    assert (tmp_path / "benchmark.png").stat().st_size > 1000
+
+
+def test_our_own_failure_ends_the_race(tmp_path):
+    with pytest.raises(RaceError, match="our own step fails"):
+        race([PLAIN_OURS], replace(TINY, n_head=5), CPU, 1, 0.1, tmp_path)
+
+
+def row(variant, rounds, losses=(5.0, 4.0, 3.0)):
+    return Row(variant, losses=list(losses), rounds=rounds, loads=[1.0], micro_batch_size=2, peak_memory_gb=1.0)
+
+
+def test_arithmetic():
+    # Rounds of 1 s and of 10 s (a busy machine): ours is always twice as fast as its neighbour in time.
+    ours, peer = row(PLAIN_OURS, [[0.5, 0.5], [5.0, 5.0], [0.5]]), row(STOCK, [[1.0, 1.0], [10.0], [1.0]])
+    assert ours.ratio_to(peer) == 2
+    assert ours.contended() == 2 and peer.contended() == 1
+    assert peer.tokens_per_sec(TINY) == [25.6, 256, 256, 256]  # 2 x 2 x 64 tokens
+    limits = {"gemm_bf16": 2e9, "gemm_fp32": 1e9, "copy": 1e9}
+    floor = floor_seconds(TINY, limits)
+    parameters = 307 * 32 + 2 * 12 * 32 * 32
+    assert floor["matrices"] == pytest.approx(6 * 256 * parameters / 2e9)
+    assert floor["attention"] == pytest.approx(2 * 2 * 3 * 256 * (64 / 2) * 32 * 2 / 2e9)  # q k' and p v, layers
+    assert floor["optimizer"] == pytest.approx(28 * (parameters + 64 * 32) / 1e9)
+    found = results.summarize(Result([ours, peer], limits, {}), TINY, CPU)
+    flops = 6 * found["shape"]["parameters"] + 12 * 2 * 32 * 64
+    assert found["table"][0]["mfu"] == pytest.approx(256 / 0.5 * flops / 2e9)
+    assert found["best_peer"] == "transformers fp32"
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_no_figure_that_cannot_be(monkeypatch, has_bf16):
+    """Limits measured a thousand times too small, as of an emulated product or beside another program."""
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: has_bf16)
+    ours, peer = row(PLAIN_OURS, [[0.5, 0.5]]), row(STOCK, [[1.0, 1.0]])
+    limits = {"gemm_fp32": 2e6, "copy": 1e6} | ({"gemm_bf16": 1e6} if has_bf16 else {})
+    found = results.summarize(Result([ours, peer], limits, {}), TINY, CPU)
+    assert [one["mfu"] for one in found["table"]] == pytest.approx([1.0, 0.5])
+    text = results.as_text(found)
+    assert "the fastest variant, which beat the measured fp32 matrix product" in text
+    assert "unavoidable" not in text and "measured while the machine was busy" in text
+    assert ("No peer in bf16" in text) != has_bf16 and ("bf16 product" in text) == has_bf16
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_an_emulated_precision_is_neither_measured_nor_raced(monkeypatch, has_bf16):
+    monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda: has_bf16)
+    measured = []
+    monkeypatch.setattr(hardware, "measure_gemm", lambda device, dtype, seconds: measured.append(dtype) or 1e12)
+    monkeypatch.setattr(hardware, "fastest", lambda *_: 1.0)
+    limits = measure_limits(CPU, 0.1)
+    assert (torch.bfloat16 in measured) == ("gemm_bf16" in limits) == has_bf16 and "gemm_fp32" in limits
+    rows = [*variants.variants("cpu", ["nano.py:GPT"], has_bf16), *variants.ladder("cpu", has_bf16)]
+    assert any(one.bf16 for one in rows if one.model != "ours") == has_bf16
+    assert any("bf16" in one.label for one in rows) == has_bf16
+    assert "nano compile + bf16" in [one.label for one in rows] or not has_bf16
+    assert len({one.label for one in rows}) == len(rows) - 1  # ours is in both
+
+
+def test_wrong_losses_are_refused():
+    wrong = Result([row(PLAIN_OURS, [[1.0]], (5.0, 4.0, 3.01)), row(STOCK, [[1.0]])], {}, {})
+    with pytest.raises(RaceError, match="our step is wrong"):
+        results.check(wrong)
+    undefined = Result([row(PLAIN_OURS, [[1.0]], (5.0, 4.0, float("nan"))), row(STOCK, [[1.0]])], {}, {})
+    with pytest.raises(RaceError):
+        results.check(undefined)
+
+
+def test_profile_finds_the_parts():
+    step, batch = build(PLAIN_OURS, TINY, CPU), read_batches(TINY)[0]
+    step(batch)
+    parts = profile_step(lambda: step(batch), CPU, steps=1)
+    for name in ("head + loss", "optimizer", "attention", "matrices"):
+        assert parts[name] > 0, name
+
+
+def test_share_of_the_loop(monkeypatch):
+    monkeypatch.setattr(hardware, "compile_obstacle", lambda device: "switched off")
+    assert "of the loop's time is computing" in run.race_loop(replace(TINY, vocab_size=50257), CPU, 1)
+
+
+def test_beside_other_programs(tmp_path):
+    text = run.race_busy(TINY, CPU, 1, 0.05, tmp_path, variant=PLAIN_OURS)
+    n_cpus = hardware.usable_cpus()
+    assert f"| {n_cpus} counting | 50% |" in text and f"| 1 counting | {n_cpus / (n_cpus + 1):.0%} |" in text
+    assert len(re.findall(r"\d+%", text)) == 3 * len({1, n_cpus})
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        f"Worker(Variant('stuck', 'stuck.py:GPT'), {TINY!r}, torch.device('cpu'), Path('logs'))._process",
+        "subprocess.Popen([*WITH_US, 'stuck.py'], stdin=subprocess.PIPE)",
+    ],
+)
+def test_a_killed_benchmark_leaves_no_process(tmp_path, start):
+    """Not even one that would never have ended, and never asks whether it should."""
+    (tmp_path / "stuck.py").write_text("while True:\n    pass\n")
+    code = f"""
+import os, signal, subprocess, torch
+from pathlib import Path
+from gpt2_hf.benchmark.race import Worker
+from gpt2_hf.benchmark.run import WITH_US
+from gpt2_hf.benchmark.variants import Shape, Variant
+print(({start}).pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    assert killed.returncode == -signal.SIGKILL
+    child = Path(f"/proc/{int(killed.stdout)}/stat")
+    end = time.monotonic() + 120
+    while child.exists() and child.read_text().split()[2] != "Z" and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not child.exists() or child.read_text().split()[2] == "Z"  # ended; nobody may be there to reap it
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_ladder_adds_one_thing_a_step(device):
+    steps = variants.ladder(device, bf16=True)
+    assert ("+ TF32" in [step.label for step in steps]) == (device == "cuda")
+    for before, after in pairwise(steps[:-1]):
+        assert sum(getattr(before, name) != getattr(after, name) for name in vars(after) if name != "label") == 1
+    assert steps[-1] == OURS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shape", "345M"], "345M"),
+        (["--rounds", "many"], "--rounds"),
+        (["--nosuch"], "--nosuch"),
+        (["--peer", "nothing.py:GPT", "--device", "nosuch"], "cannot be used"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, words):
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 2 and words in found.stderr and len(found.stderr.splitlines()) == 1

@@ -1,0 +1,203 @@
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+matplotlib = pytest.importorskip("matplotlib")
+
+from gpt2_hf.reporting.curves import ReportError, build_figure, format_tokens, plot_curves, plot_runs, read_run  # noqa: E402
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A function that writes a run's folder; 40 steps, with HellaSwag on `items` items unless that is None."""
+
+    def make(name="run", items=10_042, preset="gpt2", n_layer="null", path="data/fineweb_edu_10bt", tail="", rows=None):
+        folder = tmp_path / name
+        folder.mkdir()
+        if rows is None:
+            rows = []
+            for step in range(40):
+                seen = {"step": step, "tokens_seen": 1000 * step}
+                rows.append({**seen, "train_loss": 4 + 4 * math.exp(-step / 5), "lr": 1e-3, "grad_norm": 1.0})
+                if step % 10 == 0:
+                    rows.append({**seen, "val_loss": 4.5})
+                if step % 10 == 0 and items:
+                    scores = {"hellaswag_lecture_acc": 0.28, "hellaswag_acc": 0.27, "hellaswag_acc_norm": 0.29}
+                    rows.append({**seen, **scores, "hellaswag_items": items, "hellaswag_stderr": 0.02})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+        if preset:
+            (folder / "config.yaml").write_text(
+                f"model: {{preset: {preset}, n_layer: {n_layer}}}\ndata: {{path: {path}}}\n"
+            )
+        return folder
+
+    return make
+
+
+def panels_of(*folders):
+    """Each panel's axes by the first words of its y label."""
+    figure = build_figure([read_run(folder) for folder in folders])
+    figure.draw_without_rendering()
+    return {axis.get_ylabel().split(" (")[0].split("\n")[0]: axis for axis in figure.axes}
+
+
+def marks_of(axis):
+    return {text.get_text() for text in axis.texts}
+
+
+def legend_of(axis):
+    return [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def test_a_picture_is_written_into_the_run(make_run):
+    folder = make_run()
+    path = plot_curves(folder)
+    assert path == folder / "curves.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_panels_and_legends(make_run):
+    panels = panels_of(make_run())
+    assert list(panels) == ["loss", "HellaSwag accuracy", "learning rate"]
+    assert legend_of(panels["loss"]) == ["training (smoothed)", "validation"]
+    assert legend_of(panels["HellaSwag accuracy"]) == ["the lecture's way", "lm-eval acc_norm"]
+    assert panels["learning rate"].get_xlabel() == "tokens seen"
+    assert [label.get_text() for label in panels["learning rate"].get_xticklabels()][-2:] == ["35K", "40K"]
+
+
+def test_legends_stay_off_the_curves(make_run):
+    figure = build_figure([read_run(make_run())])
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        if axis.get_legend():
+            assert axis.get_legend().get_window_extent().y0 >= axis.get_window_extent().y1 - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "val_marks", "hellaswag_marks"),
+    [
+        ({}, {"GPT-2 124M\n3.2924"}, {"GPT-2 124M\n29.55%", "GPT-3 124M\n33.70%"}),
+        ({"path": "/data/FineWeb-10BT"}, {"GPT-2 124M\n3.4250"}, {"GPT-2 124M\n29.55%", "GPT-3 124M\n33.70%"}),
+        ({"path": "data/shakespeare"}, set(), {"GPT-2 124M\n29.55%", "GPT-3 124M\n33.70%"}),
+        ({"preset": "gpt2-medium"}, set(), {"GPT-2 355M\n37.52%"}),
+        ({"preset": "gpt2-medium", "path": "fineweb"}, {"GPT-2 355M\n3.0831"}, {"GPT-2 355M\n37.52%"}),
+        ({"n_layer": 4}, set(), set()),
+        ({"preset": None}, set(), set()),
+    ],
+    ids=["edu", "fineweb", "other data", "medium edu", "medium", "own shape", "no config"],
+)
+def test_marks_only_where_they_apply(make_run, options, val_marks, hellaswag_marks):
+    panels = panels_of(make_run(**options))
+    assert marks_of(panels["loss"]) == val_marks
+    assert marks_of(panels["HellaSwag accuracy"]) == hellaswag_marks | {"chance\n25.00%"}
+
+
+def test_a_mark_below_the_curve_is_in_view(make_run):
+    axis = panels_of(make_run())["loss"]
+    assert axis.get_ylim()[0] < 3.2924
+
+
+def test_a_subset_of_hellaswag_shows_its_error(make_run):
+    axis = panels_of(make_run(items=500))["HellaSwag accuracy"]
+    assert axis.get_ylabel().endswith("500 items")
+    assert "± 1 standard error" in legend_of(axis)
+    band = axis.collections[0].get_paths()[0].vertices[:, 1]
+    error = math.sqrt(0.28 * 0.72 / 500)
+    assert band.min() == pytest.approx(0.28 - error) and band.max() == pytest.approx(0.28 + error)
+
+
+def test_no_hellaswag_no_panel(make_run):
+    assert list(panels_of(make_run(items=None))) == ["loss", "learning rate"]
+
+
+def test_a_line_cut_off_by_a_kill_is_left_out(make_run):
+    run = read_run(make_run(tail='{"step": 40, "tokens_seen": 40000, "train_lo'))
+    assert run.series("train_loss")[0].max() == 39_000
+
+
+def test_rows_made_twice_count_once(make_run):
+    rows = [
+        {"step": s, "tokens_seen": 10 * s, "train_loss": loss} for s, loss in ((0, 9.0), (1, 8.0), (2, 7.0), (1, 6))
+    ]
+    tokens, loss = read_run(make_run(rows=rows)).series("train_loss")
+    assert tokens.tolist() == [0, 10, 20] and loss.tolist() == [9, 6, 7]
+
+
+@pytest.mark.parametrize("tokens_seen", [0, 524_288])
+def test_a_single_row(make_run, tokens_seen):
+    rows = [{"step": 0, "tokens_seen": tokens_seen, "train_loss": 11.0, "lr": 1e-5}]
+    assert plot_curves(make_run(rows=rows)).is_file()
+
+
+def test_losses_that_are_not_finite_are_shown_as_such(make_run):
+    values = [9.0, 8.0, math.nan, 7.0, math.inf]
+    rows = [{"step": s, "tokens_seen": 10 * s, "train_loss": loss} for s, loss in enumerate(values)]
+    axis = panels_of(make_run(rows=rows))["loss"]
+    assert "not finite (2 rows)" in legend_of(axis)
+    assert 9 < axis.get_ylim()[1] < 10
+    all_nan = [{"step": 0, "tokens_seen": 0, "train_loss": math.nan}]
+    assert plot_curves(make_run("nan", rows=all_nan)).is_file()
+
+
+def test_several_runs_over_each_other(make_run, tmp_path):
+    a, b = make_run("a"), make_run("b", path="data/fineweb")
+    panels = panels_of(a, b)
+    assert legend_of(panels["loss"]) == legend_of(panels["HellaSwag accuracy"]) == ["a", "b"]
+    assert marks_of(panels["loss"]) == set()  # two corpora: neither's mark holds for both
+    out = tmp_path / "pictures" / "both.png"
+    assert plot_runs([a, b], out) == out and out.is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("x.png", b"\x89PNG"), ("x.pdf", b"%PDF-"), ("x.SVG", b"<?xml"), ("x.jpg", b"\xff\xd8\xff")],
+)
+def test_the_ending_names_the_format(make_run, tmp_path, name, start):
+    assert plot_runs([make_run()], tmp_path / name).read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize("name", ["x", "x.docx", "x.html", "x.pgf", ".png"])
+def test_an_ending_that_cannot_be_drawn_is_refused(make_run, tmp_path, name):
+    with pytest.raises(ReportError, match=r"ends in .*: a picture's name ends in one of .*\.pdf, .*\.png, .*\.svg"):
+        plot_runs([make_run()], tmp_path / "new" / name)
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_to_draw_is_one_line(make_run, tmp_path):
+    for folder in (tmp_path / "nowhere", make_run("empty", rows=[])):
+        with pytest.raises(ReportError, match=r"no rows in .*metrics\.jsonl: give the folder of a run"):
+            plot_curves(folder)
+    with pytest.raises(ReportError, match="nothing to draw in grad"):
+        plot_curves(make_run("grad", rows=[{"step": 0, "tokens_seen": 0, "grad_norm": 1.0}]))
+
+
+def test_without_matplotlib_the_message_says_what_to_install(make_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
+        plot_curves(make_run())
+
+
+def test_tokens_have_units():
+    wanted = {0: "0", 500: "500", 1500: "1.5K", 524_288: "524.3K", 2.5e6: "2.5M", 1e10: "10B"}
+    assert {n: format_tokens(n) for n in wanted} == wanted
+
+
+def test_the_script_draws_the_newest_run(make_run, tmp_path, monkeypatch, capsys):
+    folder = make_run()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    error = capsys.readouterr().err
+    assert error.startswith("error: no run under runs/") and error.count("\n") == 1
+    (tmp_path / "runs").mkdir()
+    folder.rename(tmp_path / "runs" / "one")
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert capsys.readouterr().out.strip() == "runs/one/curves.png"
+    assert (tmp_path / "runs/one/curves.png").is_file()
