@@ -10,8 +10,9 @@ from typing import Annotated, ClassVar, Literal
 
 import yaml
 
-from .knobs import ConfigError, Filled, Knobs, PathName, Range
+from .knobs import ConfigError, Filled, Knobs, OneOf, PathName, Range
 from .model.configuration_gpt import GPTConfig
+from .schedules import SCHEDULES
 
 Count = Annotated[int, Range(1)]
 Interval = Annotated[int, Range(0)]  # in steps; 0 is never
@@ -110,7 +111,7 @@ class OptimSection(Knobs):
     eps: Annotated[float, Range(above=0)] = 1e-8
     weight_decay: Annotated[float, Range(0)] = 0.1
     max_grad_norm: Annotated[float, Range(above=0)] = 1.0
-    schedule: Literal["cosine", "trapezoid"] = "cosine"
+    schedule: Annotated[str, OneOf(tuple(SCHEDULES))] = "cosine"
     warmup_steps: Interval = 715
     decay_ratio: Annotated[float, Range(above=0, at_most=1)] = 0.3
     min_lr_ratio: Annotated[float, Range(0, 1)] = 0.1

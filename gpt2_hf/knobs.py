@@ -100,6 +100,21 @@ class Filled:
 
 
 @dataclass(frozen=True)
+class OneOf:
+    """A name of a table, which may grow."""
+
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " or ".join(self.names)
+
+    def take(self, name: str, value: Any) -> Any:
+        if value not in self.names:
+            raise ConfigError(f"{name} is {shown(value)}: choose {', '.join(self.names)}")
+        return value
+
+
+@dataclass(frozen=True)
 class Knobs:
     """Base of a dataclass whose fields are checked when it is built.
 
@@ -176,9 +191,8 @@ def _is_unicode(text: str) -> bool:
 
 def limit_of(annotation: Any) -> str:
     """What its annotation says of a knob, for --help, such as ">= 0 and < 1"; "" when nothing."""
-    found = [
-        str(limit) for limit in getattr(annotation, "__metadata__", ()) if isinstance(limit, Range | PathName | Filled)
-    ]
+    limits = (Range, PathName, Filled, OneOf)
+    found = [str(limit) for limit in getattr(annotation, "__metadata__", ()) if isinstance(limit, limits)]
     return ", ".join(dict.fromkeys(found + [limit_of(part) for part in get_args(annotation)])).strip(", ")
 
 

@@ -225,7 +225,10 @@ def _problem(checkpoint: Path) -> str | None:
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """File name -> its size and hash. Raises OSError, or ValueError when it is no list of files in the folder."""
-    entries = json.loads((folder / MANIFEST).read_text())
+    path = folder / MANIFEST
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError("it is not a file")
+    entries = json.loads(path.read_text())
     if not isinstance(entries, dict) or not entries:
         raise ValueError("it lists no files")
     for name, entry in entries.items():

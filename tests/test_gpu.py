@@ -116,6 +116,7 @@ def test_checkpointed_dropout_is_a_function_of_the_step(make_shards, tmp_path):
 
     def run(name: str, steps: int) -> list[float]:
         changes = {"train__gradient_checkpointing": True, "train__precision": "fp32", "train__tf32": False}
+        changes["model__vocab_size"] = None
         schedule = {"model__dropout": 0.3, "optim__lr": 1e-3, "optim__min_lr_ratio": 1.0, "train__compile": "on"}
         train(tiny(data, tmp_path / name, train__steps=steps, **changes, **schedule))
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -173,7 +174,7 @@ def test_documents_are_apart_on_every_backend(packed, eot_first, compile):
     mask = DocumentMask(E, eot_first, attention, dtype or torch.float32)
     parts = [split(row, eot_first) for row in tokens.tolist()]
     on_device = tokens.cuda()
-    tolerance = 2e-2 if dtype else 1e-3  # of the largest; fp32 kernels may use TF32
+    tolerance = 2e-2 if dtype else 5e-3  # of the largest; FlexAttention's kernels multiply fp32 as TF32, to 1.5e-3
 
     def autocast():
         return torch.autocast("cuda", dtype or torch.bfloat16, enabled=dtype is not None)

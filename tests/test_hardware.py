@@ -15,7 +15,7 @@ from torch._functorch import config as functorch
 from gpt2_hf import hardware
 from gpt2_hf.config import ModelSection, RunConfig, TrainSection
 from gpt2_hf.model.loss import LossKernels
-from gpt2_hf.training.loop import build_accelerator, build_model
+from gpt2_hf.training.build import build_accelerator, build_model
 
 ROOT = Path(__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -177,7 +177,7 @@ from gpt2_hf.program import program
 @program
 def main():
     from gpt2_hf.config import RunConfig
-    from gpt2_hf.training.loop import set_precision
+    from gpt2_hf.training.build import set_precision
     import torch
     set_precision(RunConfig(), torch.device("cpu"))
     print(torch.get_num_threads(), os.environ["OMP_WAIT_POLICY"])

@@ -21,7 +21,16 @@ ROOMS = {
     "sharing": {"model", "data"},
     "benchmark": {"model", "data", "corpus", "evaluation", "training"},
 }
-GROUND = ["program", "files", "knobs", "runs", "hardware", "config", "cli"]  # each may import those before it
+GROUND = [
+    "program",
+    "files",
+    "knobs",
+    "runs",
+    "hardware",
+    "schedules",
+    "config",
+    "cli",
+]  # each may import those before it
 HEAVY = ("datatrove", "datasets", "lm_eval", "matplotlib", "tiktoken", "pyarrow", "jsonargparse")
 FILES = [path for path in PACKAGE.rglob("*.py") if "assets" not in path.parts]
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from .. import hardware
-from ..training.loop import DTYPES
+from ..training.build import DTYPES
 from .variants import Shape
 
 

@@ -29,7 +29,8 @@ from .. import hardware
 from ..config import DataSection, ModelSection, OptimSection, RunConfig, TrainSection
 from ..data.tokenizer import load_tokenizer
 from ..model import GPTForCausalLM
-from ..training.loop import build_accelerator, build_model, set_precision, train_step
+from ..training.build import build_accelerator, build_model, set_precision
+from ..training.loop import train_step
 from ..training.optim import build_optimizers, set_lr
 
 LR, BETAS, EPS, WEIGHT_DECAY, MAX_GRAD_NORM = 6e-4, (0.9, 0.95), 1e-8, 0.1, 1.0

@@ -69,5 +69,11 @@ def blockwise_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None  # (B, T, H, D)
 
 
-AttentionInterface.register("blockwise", blockwise_attention)
-AttentionMaskInterface.register("blockwise", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+# Name of a backend of ours -> its function, and the backend of transformers whose kind of mask it takes.
+BACKENDS = {"blockwise": (blockwise_attention, "sdpa")}
+# Backends that are causal by themselves when no mask is given, as ours must be. The others want it as a tensor, or as
+# FlexAttention's block mask.
+CAUSAL_WITHOUT_MASK = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", *BACKENDS)
+for _name, (_attend, _takes_mask_of) in BACKENDS.items():
+    AttentionInterface.register(_name, _attend)
+    AttentionMaskInterface.register(_name, ALL_MASK_ATTENTION_FUNCTIONS[_takes_mask_of])

@@ -24,15 +24,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention import eager_attention
+from .attention import CAUSAL_WITHOUT_MASK, eager_attention
 from .configuration_gpt import GPTConfig
 from .hub import HubModel
 from .loss import linear_cross_entropy
 from .versions import compare_cached, untested
-
-# Backends that are causal by themselves when no mask is given. The others need the mask as a tensor or block mask.
-_CAUSAL_WITHOUT_MASK = ("sdpa", "blockwise", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-
 
 # transformers 5.24 renamed the cache, in its own calls and in what it expects to get back.
 _CACHE = "cache" if any(field.name == "cache" for field in fields(BaseModelOutputWithPast)) else "past_key_values"
@@ -210,7 +206,7 @@ class GPTModel(GPTPreTrainedModel):
             # FlashAttention finds the documents of one packed row by them; of several, by cu_seq_lens_q and its like.
             kwargs["position_ids"] = position_ids
         mask = None
-        if not (plain and self.config._attn_implementation in _CAUSAL_WITHOUT_MASK):
+        if not (plain and self.config._attn_implementation in CAUSAL_WITHOUT_MASK):
             mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids=position_ids)
 
         if token_type_ids is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from ..files import whole_file
 from ..model.configuration_gpt import GPTConfig
 from ..program import print_any_character
 from ..runs import read_rows
@@ -37,6 +37,11 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def is_due(every: int, step: int, total_steps: int) -> bool:
+    """Whether something with this interval (0: never) happens after ``step``; the last step has everything."""
+    return bool(every) and (step % every == 0 or step == total_steps)
+
+
 class Throughput:
     """Tokens per second and MFU of training alone.
 
@@ -44,15 +49,19 @@ class Throughput:
         tokens_per_step: over all processes.
         peak_tokens_per_sec: what all processes' devices would do at their peak FLOP/s. A rate above it, which a peak
             measured in a bad moment allows, takes its place: no machine does more than it can.
+        settle: waits for a device that works on while the host goes ahead.
     """
 
-    def __init__(self, tokens_per_step: int, peak_tokens_per_sec: float):
+    def __init__(self, tokens_per_step: int, peak_tokens_per_sec: float, settle: Callable[[], None] | None = None):
         self.tokens_per_step = tokens_per_step
         self.peak_tokens_per_sec = peak_tokens_per_sec
+        self._settle = settle
         self._since: tuple[int, float] | None = None
 
     def restart(self, step: int) -> None:
         """Count from after ``step`` on: what came before was compilation, evaluation or saving."""
+        if self._settle:
+            self._settle()
         self._since = (step, time.perf_counter())
 
     def measure(self, step: int) -> dict[str, float]:
@@ -62,7 +71,7 @@ class Throughput:
             rate = (step - self._since[0]) * self.tokens_per_step / (time.perf_counter() - self._since[1])
             self.peak_tokens_per_sec = max(self.peak_tokens_per_sec, rate)
             row = {"tokens_per_sec": round(rate, 1), "mfu": round(rate / self.peak_tokens_per_sec, 4)}
-        self.restart(step)
+        self._since = (step, time.perf_counter())
         return row
 
 
@@ -99,9 +108,8 @@ class RunLog:
         if self.enabled:
             path = run_dir / "metrics.jsonl"
             kept = [row for row in read_rows(path) if row["step"] <= start_step] if start_step else []
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(temporary, path)
+            with whole_file(path) as file:
+                file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
             self._file = path.open("a", buffering=1)
 
     def write(self, step: int, row: dict[str, Any]) -> None:

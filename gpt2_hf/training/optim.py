@@ -12,23 +12,20 @@ from torch.optim import AdamW, Optimizer
 
 from .. import hardware
 from ..config import OptimSection
+from ..schedules import SCHEDULES
 
 
 def lr_at(step: int, total_steps: int, config: OptimSection) -> float:
     """Learning rate of update ``step`` (0-based) as a share of its peak, in [0, 1].
 
-    Linear warm-up that reaches the peak at update ``warmup_steps - 1``; then half a cosine, or a plateau with a linear
-    end (trapezoid), down to ``min_lr_ratio`` at ``total_steps``, where it stays.
+    Linear warm-up that reaches the peak at update ``warmup_steps - 1``; then the schedule, down to ``min_lr_ratio`` at
+    ``total_steps``, where it stays.
     """
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if step >= total_steps:
         return config.min_lr_ratio
-    if config.schedule == "trapezoid":
-        decay_steps = max(1, round(config.decay_ratio * total_steps))
-        height = min(1.0, (total_steps - step) / decay_steps)
-    else:
-        height = 0.5 * (1 + math.cos(math.pi * (step - config.warmup_steps) / (total_steps - config.warmup_steps)))
+    height = SCHEDULES[config.schedule](step, config.warmup_steps, total_steps, config.decay_ratio)
     return config.min_lr_ratio + height * (1 - config.min_lr_ratio)
 
 

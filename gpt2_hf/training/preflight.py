@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -34,6 +35,15 @@ WORDS = {
 }
 
 
+# Accelerate's engines that would shard or wrap the model in their own way, by the variable that switches each on.
+ENGINES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
+
 def check_environment() -> None:
     """Refuse what the launcher's environment cannot mean, before Accelerate reads it. Raises ConfigError."""
     for name, (least, most) in NUMBERS.items():
@@ -47,6 +57,21 @@ def check_environment() -> None:
         text = os.environ.get(name, words[0])
         if text.lower() not in [word.lower() for word in words]:
             raise ConfigError(f"the environment variable {name} is {shown(text)}: choose {', '.join(words)}")
+
+
+def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse what a launcher's options or its config file would change about the run. Raises ConfigError."""
+    for variable, engine in ENGINES.items():
+        if environment.get(variable, "").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                f"the launcher asks for {engine} ({variable}), and training here is data parallel only; start with "
+                f"--config_file accelerate_configs/ddp.yaml, or unset {variable}"
+            )
+    if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
+        raise ConfigError(
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set in the environment; unset it: accumulation follows from "
+            "train.global_batch_tokens"
+        )
 
 
 def check_run(config: RunConfig, state: PartialState) -> None:

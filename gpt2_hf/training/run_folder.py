@@ -23,12 +23,13 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from .. import runs
+from ..files import lock
 from ..knobs import ConfigError
 from ..program import UserError
 
 T = TypeVar("T")
 
-RECORDS = ("config.yaml", "environment.json", "starts.jsonl", "metrics.jsonl", "metrics.tmp", ".lock")
+RECORDS = ("config.yaml", "environment.json", "starts.jsonl", "metrics.jsonl", ".metrics.jsonl.writing", ".lock")
 
 # The part of a URL before its host, and the parts of its query that open doors.
 _USER = re.compile(r"(://)[^/\s\"'?#]*@")
@@ -82,7 +83,7 @@ class RunFolder:
 
     def _remove_unused(self) -> None:
         rows = self.path / "metrics.jsonl"
-        has_measured = (self.path / "checkpoints").exists() or (rows.exists() and rows.stat().st_size)
+        has_measured = self.checkpoints.exists() or (rows.exists() and rows.stat().st_size)
         if not self._made or not self._is_here() or has_measured:
             return
         for name in RECORDS:
@@ -90,6 +91,26 @@ class RunFolder:
         for folder in self._made:
             with suppress(OSError):  # where others put something, it stays
                 folder.rmdir()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    def already_finished(self) -> str:
+        """What to say when there is nothing left to train."""
+        return (
+            f"{self.path} is finished, its model is in {self.final}. To start over, delete {self.path} or choose "
+            f"another --train.run_dir; to train longer, raise --train.steps (from a checkpoint, if one was kept)."
+        )
+
+    def last_words(self) -> str:
+        """What to say when the process is told to end."""
+        below_the_bar = "" if self.step is None else "\n"
+        return f"{below_the_bar}terminated{self.way_on()}"
 
     def way_on(self) -> str:
         """What there is for the next start, as the end of a sentence."""
@@ -151,29 +172,29 @@ def agree(state: PartialState, find: Callable[[], T]) -> T:
 def lock_folder(folder: Path) -> IO[str]:
     """Make the folder this process's own until the returned file is closed, or the process ends in whatever way.
 
-    Where the file system has no locks, say so and go on.
+    Where there are no locks, say so and go on.
+
+    Raises:
+        ConfigError: when another process has the folder.
     """
-    lock = (folder / ".lock").open("a+")
+    file = (folder / ".lock").open("a+")
     try:
-        import fcntl
-    except ImportError:  # Windows
-        return lock
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read(200).strip() or "another process"
-        lock.close()
+        is_ours = lock(file, wait=False)
+    except OSError as error:
+        print(f"{folder} cannot be locked ({error.strerror}): take care that only one process trains there")
+        is_ours = True
+    if not is_ours:
+        file.seek(0)
+        holder = file.read(200).strip() or "another process"
+        file.close()
         raise ConfigError(
             f"{folder} is being written by {holder}, perhaps one whose launcher was stopped; end that one, or choose "
             f"another --train.run_dir"
-        ) from None
-    except OSError as error:
-        print(f"{folder} cannot be locked ({error.strerror}): take care that only one process trains there")
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
-    return lock
+        )
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def mask(text: str) -> str:

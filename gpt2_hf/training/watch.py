@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -29,29 +28,7 @@ STEPS_ON_END = 10
 # Windows on which weights are tried before they are saved.
 TRIAL_WINDOWS = 8
 
-# Accelerate's engines that would shard or wrap the model in their own way, by the variable that switches each on.
-ENGINES = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse what a launcher's options or its config file would change about the run. Raises ConfigError."""
-    for variable, engine in ENGINES.items():
-        if environment.get(variable, "").lower() in ("1", "true", "yes"):
-            raise ConfigError(
-                f"the launcher asks for {engine} ({variable}), and training here is data parallel only; start with "
-                f"--config_file accelerate_configs/ddp.yaml, or unset {variable}"
-            )
-    if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
-        raise ConfigError(
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set in the environment; unset it: accumulation follows from "
-            "train.global_batch_tokens"
-        )
 
 
 class Watch:

@@ -29,7 +29,9 @@ from gpt2_hf.evaluation.validation import validation_loss
 from gpt2_hf.knobs import ConfigError
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
 from gpt2_hf.runs import read_rows
-from gpt2_hf.training import loop as training
+from gpt2_hf.training import start
+from gpt2_hf.training.loop import train
+from gpt2_hf.training.measures import build_document_mask
 
 VOCAB = 61
 E = 60  # <|endoftext|>
@@ -285,7 +287,7 @@ def recipe(data: Path, run_dir: Path, document_mask: bool = True, dropout: float
 
 
 def run(config: RunConfig) -> list[dict]:
-    training.train(config)
+    train(config)
     AcceleratorState._reset_state(reset_partial_state=True)
     return read_rows(Path(config.train.run_dir) / "metrics.jsonl")
 
@@ -364,24 +366,24 @@ def test_without_it_nothing_changes(data, tmp_path, monkeypatch):
 def test_shards_whose_documents_begin_with_the_token():
     config = RunConfig(data=DataSection(document_mask=True))
     model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))
-    made = training.build_document_mask(config, SimpleNamespace(eot=7, eot_first=True), model, "bf16")
+    made = build_document_mask(config, SimpleNamespace(eot=7, eot_first=True), model, torch.bfloat16)
     assert made == DocumentMask(7, True, "sdpa", torch.bfloat16)
-    assert training.build_document_mask(RunConfig(), SimpleNamespace(eot=7, eot_first=True), model, "bf16") is None
+    assert build_document_mask(RunConfig(), SimpleNamespace(eot=7, eot_first=True), model, torch.bfloat16) is None
 
 
 @pytest.mark.parametrize("saved", [{}, {"data.document_mask": False}, {"data.document_mask": True}])
 def test_a_run_cannot_change_it_on_the_way(data, tmp_path, monkeypatch, saved):
     """A checkpoint that does not name it was made without."""
-    monkeypatch.setattr(training.runs, "newest_whole", lambda folder: tmp_path)
-    monkeypatch.setattr(training.checkpoint, "read_state", lambda folder: {"step": 3, **saved})
+    monkeypatch.setattr(start.runs, "newest_whole", lambda folder: tmp_path)
+    monkeypatch.setattr(start.checkpoint, "read_state", lambda folder: {"step": 3, **saved})
     before = saved.get("data.document_mask", False)
     for now in (False, True):
         arguments = recipe(data, tmp_path, document_mask=now), open_split(data, "train"), PartialState(cpu=True)
         if now == before:
-            assert training.find_start(*arguments) == (tmp_path, 3)
+            assert start.find_start(*arguments) == start.Start(tmp_path, 3)
         else:
             with pytest.raises(ConfigError, match=rf"another data.document_mask \({before}, now {now}\)"):
-                training.find_start(*arguments)
+                start.find_start(*arguments)
 
 
 def test_validation_pads_its_last_batch(data):

@@ -18,15 +18,18 @@ from test_train import clean_state as clean_state
 from test_train import data as data
 from test_train import losses, run, tiny, with_steps
 
-from gpt2_hf import runs
+from gpt2_hf import hardware, runs
 from gpt2_hf.cli import field_types
 from gpt2_hf.config import RunConfig
 from gpt2_hf.knobs import ConfigError
+from gpt2_hf.model.loss import LossKernels
 from gpt2_hf.program import UserError
 from gpt2_hf.runs import read_rows
+from gpt2_hf.training import checkpoint
 from gpt2_hf.training import loop as training
 from gpt2_hf.training.loop import train, train_step
-from gpt2_hf.training.watch import ENGINES, check_launcher
+from gpt2_hf.training.preflight import ENGINES, check_launcher
+from gpt2_hf.training.start import identity
 
 
 def folders(run_dir: Path) -> list[str]:
@@ -198,7 +201,7 @@ def test_what_a_run_is_cannot_change(data, name):
     from gpt2_hf.data.shards import open_split
 
     def of(**changes):
-        return training.identity(tiny(data, data, **changes), open_split(data, "train"))
+        return identity(tiny(data, data, **changes), open_split(data, "train"))
 
     if name == "model.preset":
         default = dict.fromkeys(("model__n_layer", "model__n_head", "model__n_embd", "model__n_positions"))
@@ -249,9 +252,9 @@ def begun(tmp_path_factory):
             return train_step(accelerator, model, optimizers, batch, *rest)
 
         monkeypatch.setattr(training, "train_step", look)
-        monkeypatch.setattr(training.hardware, "peak_flops", lambda *_: (1e12, "not measured"))
+        monkeypatch.setattr(hardware, "peak_flops", lambda *_: (1e12, "not measured"))
         monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: setattr(self, "compiled", True))
-        monkeypatch.setattr(training.LossKernels, "compile", lambda **_: None)
+        monkeypatch.setattr(LossKernels, "compile", lambda **_: None)
         rows = run(tiny(shards, run_dir, **{**base, "train__steps": 4, **changes}))
         timed = {"tokens_per_sec", "mfu", "peak_memory"}
         return {
@@ -286,7 +289,7 @@ def test_dropout_turned_off_is_off(begun, tmp_path, monkeypatch):
 def test_full_disks_are_told_by_their_name_whoever_writes(data, tmp_path, monkeypatch, limit):
     """Files that may not grow beyond a limit fail as on a full disk."""
     if limit == 4_000_000:  # weights, tokenizer.json and the moments are written in this order
-        monkeypatch.setattr(training, "write_model", lambda *_: None)
+        monkeypatch.setattr(checkpoint, "write_model", lambda *_: None)
         limit = 100_000
     config = tiny(data, tmp_path / "run", train__steps=4, checkpoint__save_every=2)
     write, (soft, hard) = runs.write_folder, resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -299,7 +302,7 @@ def test_full_disks_are_told_by_their_name_whoever_writes(data, tmp_path, monkey
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    monkeypatch.setattr(runs, "write_folder", write_on_little_space)
+    monkeypatch.setattr(checkpoint, "write_folder", write_on_little_space)
     words = rf"^the disk of {tmp_path}/run is full.* at step 4; the next start goes on from .*step-00000002\)"
     with pytest.raises(UserError, match=words):
         train(config)

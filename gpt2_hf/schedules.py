@@ -1,0 +1,21 @@
+"""The learning rate's shape between the warm-up and the end of a run: a function a schedule.
+
+Each takes (step, first, last, decay_ratio) and gives the height above the floor, from 1 down to 0, for
+first <= step < last: ``first`` is where the warm-up ends, ``last`` the number of steps of the run.
+"""
+
+import math
+
+
+def cosine(step: int, first: int, last: int, decay_ratio: float) -> float:
+    """Half a cosine."""
+    return 0.5 * (1 + math.cos(math.pi * (step - first) / (last - first)))
+
+
+def trapezoid(step: int, first: int, last: int, decay_ratio: float) -> float:
+    """A plateau, then linear down over the last ``decay_ratio`` of the steps."""
+    decay_steps = max(1, round(decay_ratio * last))
+    return min(1.0, (last - step) / decay_steps)
+
+
+SCHEDULES = {"cosine": cosine, "trapezoid": trapezoid}

@@ -1,0 +1,259 @@
+"""What a run is made of: precision, Accelerate, model, optimizers, measurements and log, put together once."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
+
+from .. import hardware
+from ..config import RunConfig
+from ..data.documents import DocumentMask
+from ..data.shards import ShardSet
+from ..data.tokenizer import load_tokenizer
+from ..knobs import ConfigError
+from ..model import GPTForCausalLM
+from ..model.loss import LossKernels
+from ..model.versions import check_first_step
+from . import checkpoint
+from .measures import Measures, build_document_mask
+from .metrics import RunLog, Throughput, flops_per_token
+from .optim import build_optimizers
+from .run_folder import RunFolder, flat, mask
+from .start import Data, Start, identity
+from .watch import Watch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """All that the loop works with.
+
+    Attributes:
+        model: as Accelerate has prepared it, for training; ``bare_model`` is the same weights without its wrapper.
+        documents: keeps the documents of a window apart; None where the recipe doesn't ask for it.
+        identity: what a checkpoint of this run must say of it.
+    """
+
+    config: RunConfig
+    data: Data
+    start: Start
+    folder: RunFolder
+    accelerator: Accelerator
+    model: nn.Module
+    bare_model: GPTForCausalLM
+    optimizers: Sequence[Optimizer]
+    tokenizer: PreTrainedTokenizerBase
+    documents: DocumentMask | None
+    measures: Measures
+    throughput: Throughput
+    log: RunLog
+    watch: Watch
+    identity: dict[str, Any]
+
+    @property
+    def is_compiled(self) -> bool:
+        return self.bare_model.transformer.h[0]._compiled_call_impl is not None
+
+
+def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state: PartialState) -> Parts:
+    """Make the parts in the order in which they need each other, with the state of ``start`` in them."""
+    transformers.utils.logging.disable_progress_bar()  # bars for saving and loading would break ours
+    precision = set_precision(config, state.device)
+    accelerator = build_accelerator(config, precision)
+    bare_model = build_model(config, start.checkpoint, accelerator, precision)
+    tokenizer = load_tokenizer()
+    optimizers = build_optimizers(bare_model, config.optim, state.device)
+    model, *_ = accelerator.prepare(bare_model, *optimizers)
+    if start.checkpoint:
+        saved = checkpoint.load_trainer_state(start.checkpoint, bare_model, optimizers)
+        if accelerator.scaler is not None and saved["scaler"]:  # the last start may have had another precision
+            accelerator.scaler.load_state_dict(saved["scaler"])
+    measures = Measures(config, accelerator, bare_model, tokenizer, data.val, DTYPES[precision])
+    documents = build_document_mask(config, data.train, bare_model, DTYPES[precision])
+    throughput = build_throughput(config, accelerator, bare_model, precision)
+    log = open_log(config, accelerator, folder, start.step, data.train, precision)
+    check_first_step(bare_model)
+    folder.step, folder.newest = start.step, start.checkpoint
+    return Parts(
+        config=config,
+        data=data,
+        start=start,
+        folder=folder,
+        accelerator=accelerator,
+        model=model,
+        bare_model=bare_model,
+        optimizers=optimizers,
+        tokenizer=tokenizer,
+        documents=documents,
+        measures=measures,
+        throughput=throughput,
+        log=log,
+        watch=Watch(accelerator, bare_model, folder),
+        identity=identity(config, data.train),
+    )
+
+
+def set_precision(config: RunConfig, device: torch.device) -> str:
+    """Settle the precision, and PyTorch's switches that belong to it."""
+    precision = hardware.default_precision(device) if config.train.precision == "auto" else config.train.precision
+    if precision == "fp16" and device.type != "cuda":
+        raise ConfigError(f"train.precision fp16 needs CUDA, this is {device.type}; leave it at auto")
+    if device.type == "cpu":
+        hardware.reuse_freed_memory()
+        hardware.fit_threads()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.train.tf32
+    if config.train.deterministic or device.type == "cpu":
+        # On the CPU this costs nothing, and without it threads add up gradients in any order.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property
+    return precision
+
+
+def build_accelerator(config: RunConfig, precision: str) -> Accelerator:
+    """Accelerate's hold on devices and processes; precision and accumulation are ours, not its config file's."""
+    missing = set(config.train.trackers) - {str(tracker) for tracker in get_available_trackers()}
+    if missing:
+        raise ConfigError(f"train.trackers: {', '.join(sorted(missing))} is unknown or not installed")
+    accelerator = Accelerator(
+        mixed_precision=precision if precision in ("bf16", "fp16") else "no",
+        gradient_accumulation_steps=1,  # train_step scales the loss itself
+        log_with=config.train.trackers or None,
+        project_dir=config.train.run_dir,
+        dynamo_backend="no",  # build_model compiles block by block; around the whole model it would rename the weights
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    assert accelerator.gradient_accumulation_steps == 1
+    return accelerator
+
+
+def build_model(
+    config: RunConfig, resume_from: Path | None, accelerator: Accelerator, precision: str
+) -> GPTForCausalLM:
+    """The model, new or from a checkpoint, in fp32 (fp64 when asked for), with its blocks compiled where possible."""
+    device = accelerator.device
+    obstacle = {"off": "switched off", "on": None}.get(config.train.compile, hardware.compile_obstacle(device))
+    try:
+        attention, why_attention = hardware.choose_attention(
+            config.model.attn_implementation,
+            device,
+            precision,
+            config.model.dropout,
+            config.data.document_mask,
+            compiled=obstacle is None,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.attn_implementation: {error}") from None
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    gpt_config = config.model.gpt_config()
+    if resume_from:  # with the present configuration: dropout may have changed since
+        model = GPTForCausalLM.from_pretrained(
+            resume_from, config=gpt_config, dtype=dtype, attn_implementation=attention
+        )
+    else:
+        torch.manual_seed(config.train.seed)
+        gpt_config._attn_implementation = attention
+        model = GPTForCausalLM(gpt_config)
+        if precision == "fp64":
+            model.double()
+    model.to(device).train()
+    # The head's gradient covers the tied matrix already: add this batch's rows to it, not another whole matrix. (CUDA
+    # would have to count the rows on the host; DDP takes "sparse" for the sum's form.)
+    is_alone = device.type == "cpu" and accelerator.distributed_type == DistributedType.NO
+    model.transformer.wte.sparse = is_alone and model.config.tie_word_embeddings
+    if config.train.gradient_checkpointing:
+        # Older versions of transformers know only the second name.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+    if obstacle is None:
+        # Block by block: all blocks share one compiled graph, and evaluation and saving see the plain module.
+        # DDP's optimizer for compiled modules would cut each of these graphs at its buckets; a block is no larger.
+        torch._dynamo.config.optimize_ddp = False
+        if config.train.gradient_checkpointing and config.model.dropout:
+            hardware.share_the_seeded_generator()
+        for block in model.transformer.h:
+            block.compile(dynamic=False)
+        LossKernels.compile(dynamic=False)
+    accelerator.print(
+        f"{model.num_parameters():,} parameters in {precision} on {accelerator.num_processes} x "
+        f"{hardware.describe(device)}, attention {attention} ({why_attention}), "
+        + (f"not compiled, so slower: {obstacle}" if obstacle else "compiled")
+    )
+    return model
+
+
+def build_throughput(config: RunConfig, accelerator: Accelerator, model: GPTForCausalLM, precision: str) -> Throughput:
+    peak, source = hardware.peak_flops(accelerator.device, DTYPES[precision])
+    flops = flops_per_token(model.num_parameters(), model.config, config.data.seq_len)
+    accelerator.print(
+        f"MFU is against {peak / 1e12:.3g} TFLOP/s a device ({source}), {flops / 1e6:,.0f} MFLOPs a token"
+    )
+    settle = torch.cuda.synchronize if accelerator.device.type == "cuda" else None
+    return Throughput(config.train.global_batch_tokens, accelerator.num_processes * peak / flops, settle)
+
+
+def open_log(
+    config: RunConfig,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    start_step: int,
+    data: ShardSet,
+    precision: str,
+) -> RunLog:
+    """Write down what the run is, start the trackers, and open metrics.jsonl."""
+    run_dir = folder.path
+    folder.record(config.to_yaml(), environment(accelerator, data, precision), start_step)
+    accelerator.wait_for_everyone()
+    if config.train.trackers:
+        settings = flat(mask(config.to_yaml()))
+        accelerator.init_trackers("gpt2_hf", config={key: str(value) for key, value in settings.items()})
+    steps, batch = config.train.steps, config.train.global_batch_tokens
+    if start_step:
+        accelerator.print(f"resuming from {run_dir / 'checkpoints' / f'step-{start_step:08d}'}")
+    accelerator.print(
+        f"{data.n_tokens:,} training tokens; steps {start_step:,} to {steps:,} of {batch:,} tokens = "
+        f"{config.train.micro_batch_size} x {config.data.seq_len} x {accelerator.num_processes} processes x "
+        f"{config.grad_accum_steps(accelerator.num_processes)} accumulated; {steps * batch / data.n_tokens:.2f} epochs"
+    )
+    track = accelerator.log if config.train.trackers else None
+    return RunLog(run_dir, start_step, steps, batch, accelerator.is_main_process, track)
+
+
+def environment(accelerator: Accelerator, data: ShardSet, precision: str) -> dict[str, Any]:
+    """What a figure of this run must be read with: versions, code, data and machine."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    return {
+        "command": sys.argv,
+        "git_commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "platform": platform.platform(),
+        "device": hardware.describe(accelerator.device),
+        "processes": accelerator.num_processes,
+        "precision": precision,
+        "data_fingerprint": data.fingerprint,
+    }
