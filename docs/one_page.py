@@ -269,7 +269,6 @@ def train(settings: argparse.Namespace) -> list[float]:  # the loss of each step
     manifest = json.loads((settings.data / "manifest.json").read_text())
     train_shards, val_shards = (manifest["splits"][split]["shards"] for split in ("train", "val"))
     unseen = validation_windows(settings.data, val_shards, settings.seq_len, settings.val_windows)
-
     config = GPT2Config(n_layer=settings.n_layer, n_head=settings.n_head, n_embd=settings.n_embd)
     config.n_positions, config.vocab_size = settings.seq_len, manifest["vocab_size"]
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0  # dropout is for text that is read many times
@@ -306,7 +305,8 @@ def train(settings: argparse.Namespace) -> list[float]:  # the loss of each step
         losses.append(loss.item())
         if rank == 0:  # one process reports, and saves; the others will wait for it in the next step
             speed = settings.batch_size * settings.seq_len / (time.perf_counter() - started)
-            print(f"step {step + 1:>5}  loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.2f}  {speed:,.0f} tokens/s")
+            line = f"step {step + 1:>5}  loss {loss:.4f}  lr {lr:.2e}  gradient {norm:.2f}  {speed:,.0f} tokens/s"
+            print(line, flush=True)
             if (step + 1) % settings.val_every == 0 or step + 1 == settings.steps:
                 print(f"validation loss {validation_loss(model, unseen, settings):.4f}", flush=True)
             if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
