@@ -87,7 +87,9 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # a vector for each token
-        self.wpe = nn.Embedding(config.n_positions, config.n_embd)  # one for each place: attention alone sees no order
+        self.wpe = nn.Embedding(
+            config.n_positions, config.n_embd
+        )  # and one for each place, which attention would not know
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.initialise()
@@ -122,10 +124,10 @@ def next_token_loss(model: nn.Module, windows: Tensor, dtype: torch.dtype) -> Te
 
 
 # ---- 2. The data: which text the model reads, and when --------------------------------------------------------------
-# The files are called shards, of about 100 million tokens. train/00000.ds has documents one after the other, two bytes
-# a token, each document closed by the token <|endoftext|>; train/00000.ds.index says where each ends. An epoch is one
-# pass over all text. Lay all documents end to end, in a new order each epoch, and cut this long stream into windows of
-# T + 1 tokens: T to read, and the same moved on by one to predict.
+# The files are called shards, of about 100 million tokens (gpt2_hf takes one of 150 million or more for several). The
+# shard train/00000.ds has documents one after the other, two bytes a token, each document closed by <|endoftext|>;
+# train/00000.ds.index says where each ends. An epoch is one pass over all text. Lay all documents end to end, in a new
+# order each epoch, and cut this long stream into windows of T + 1 tokens: T to read, and T moved on by one to predict.
 #
 #     shards      in a new order                               [ 3 | 0 | 2 | 1 ]
 #     documents   of each shard, in a new order                [ d7 d2 d9 ... | d1 d5 ... | ... ]
@@ -137,12 +139,12 @@ def next_token_loss(model: nn.Module, windows: Tensor, dtype: torch.dtype) -> Te
 # Why in groups? A group fits into memory. Why not draw at random? Some text would come twice and some never. The order
 # follows from the seed and the epoch alone, so a resumed run goes on with the very window that was next.
 
-FOR_SHARDS, FOR_DOCUMENTS, FOR_WINDOWS = 0, 1, 2
+FOR_SHARDS, FOR_DOCUMENTS, FOR_WINDOWS = 0, 1, 2  # each purpose has random numbers of its own
 
 
 def shuffled(n: int, seed: int, epoch: int, purpose: int, which: int) -> np.ndarray:
     """The numbers 0 ... n - 1 in an order that the other arguments fix for ever: Philox makes random numbers of a key
-    and a counter, as a cipher would, and to sort them, noting the place that each came from, shuffles the places."""
+    and a counter, as a cipher would. To sort them, noting the place that each came from, is to shuffle the places."""
     key = np.array([seed, epoch], dtype=np.uint64)
     counter = np.array([0, 0, purpose, which], dtype=np.uint64)
     return np.argsort(np.random.Philox(key=key, counter=counter).random_raw(n), kind="stable")
@@ -160,10 +162,10 @@ def read_shard(folder: Path, shard: dict) -> tuple[np.ndarray, np.ndarray]:
 
 def windows_of_epoch(folder: Path, shards: list[dict], seq_len: int, seed: int, epoch: int) -> Iterator[np.ndarray]:
     """The windows (T + 1,) of one epoch, in the order of training."""
-    shard_order = shuffled(len(shards), seed, epoch, FOR_SHARDS, 0)
+    shard_order = shuffled(len(shards), seed, epoch, FOR_SHARDS, 0).tolist()
     shard_starts = np.cumsum([0, *(shards[shard]["tokens"] for shard in shard_order)])  # and the end of the stream
     n_windows = (shard_starts[-1] - 1) // seq_len
-    n_groups = max(1, (len(shards) + 4) // 8)
+    n_groups = max(1, (len(shards) + 4) // 8)  # of 8 shards, as nearly as their number allows
     for group in range(n_groups):
         first_shard, stop_shard = len(shards) * group // n_groups, len(shards) * (group + 1) // n_groups
         start, stop = shard_starts[first_shard], shard_starts[stop_shard]
@@ -171,17 +173,17 @@ def windows_of_epoch(folder: Path, shards: list[dict], seq_len: int, seed: int, 
         # The group's stretch of the stream, and T tokens more, because its last window reads on into the next shards.
         documents: list[np.ndarray] = []
         for shard in shard_order[first_shard:]:
-            if sum(map(len, documents)) >= stop - start + seq_len:
+            if sum(len(document) for document in documents) >= stop - start + seq_len:
                 break
             tokens, ends = read_shard(folder, shards[shard])
             in_file_order = np.split(tokens, ends[:-1])
-            order = shuffled(len(in_file_order), seed, epoch, FOR_DOCUMENTS, int(shard))
+            order = shuffled(len(in_file_order), seed, epoch, FOR_DOCUMENTS, shard)
             documents += [in_file_order[number] for number in order]
         stream = np.concatenate(documents)
 
         # The group's windows are those that start in it: from the first kT that is not before `start` (rounded up).
-        first_window, stop_window = (min(-(-place // seq_len), n_windows) for place in (start, stop))
-        for number in shuffled(int(stop_window - first_window), seed, epoch, FOR_WINDOWS, group):
+        first_window, stop_window = (min(math.ceil(place / seq_len), n_windows) for place in (start, stop))
+        for number in shuffled(stop_window - first_window, seed, epoch, FOR_WINDOWS, group):
             place = (first_window + number) * seq_len - start
             yield stream[place : place + seq_len + 1]
 
@@ -247,7 +249,7 @@ def load_checkpoint(folder: Path, model: GPT2, optimizer: torch.optim.Optimizer)
 # ---- 5. Training ----------------------------------------------------------------------------------------------------
 # torchrun starts several processes that all run train(), each on a GPU of its own where there are GPUs. They draw the
 # same weights, each takes its share of the micro-batches, and the gradients of all are added up: so all take the same
-# step, and their weights stay the same. PyTorch's DistributedDataParallel does that too, and faster: during backward().
+# step, and their weights stay the same. PyTorch's DistributedDataParallel does this while backward() runs: faster.
 
 
 @torch.no_grad()
@@ -282,7 +284,7 @@ def train(settings: argparse.Namespace) -> list[float]:  # the loss of each step
     losses = []
     for step in range(done, settings.steps):
         started = time.perf_counter()
-        # A batch of half a million tokens fits into no GPU, so it goes through in micro-batches. backward() adds each
+        # A batch of half a million tokens is too large for a GPU: it comes in micro-batches. backward() adds each
         # one's gradient to those before. Divided by their number, their mean losses add up to that of the whole batch.
         batch = as_tensor(itertools.islice(windows, settings.batch_size))
         loss = torch.zeros((), dtype=torch.float64, device=device)

@@ -161,7 +161,7 @@ def test_two_processes_end_with_the_weights_of_one(run, data, tmp_path):
 
 
 def test_a_resumed_run_goes_on_as_if_nothing_had_been(page, run, data, tmp_path):
-    """From step 16, in the middle of the third epoch."""
+    """From step 16, in the third epoch."""
     resumed = page.train(page.read_settings(arguments(data, tmp_path, f"--resume={run.folder / 'step-000016'}")))
     assert resumed == pytest.approx(run.losses[16:], rel=1e-12, abs=0)
 
