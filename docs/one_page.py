@@ -87,9 +87,7 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config):
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # a vector for each token
-        self.wpe = nn.Embedding(
-            config.n_positions, config.n_embd
-        )  # and one for each place, which attention would not know
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)  # and one for each place: else order would not count
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd)
         self.initialise()
