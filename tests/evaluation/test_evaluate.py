@@ -230,7 +230,7 @@ def test_parts_mask_shows_the_prefix_and_the_own_part():
 
 def test_padding_changes_nothing(small_task, monkeypatch):
     expected = small_task.score(make_model(0.4), **SMALL).loglikelihoods
-    monkeypatch.setattr("gpt2_hf.evaluation.evaluate.LENGTH_MULTIPLE", 64)
+    monkeypatch.setattr("gpt2_hf.evaluation.hellaswag.LENGTH_MULTIPLE", 64)
     padded = small_task.score(make_model(0.4), **SMALL).loglikelihoods
     for way, values in expected.items():
         np.testing.assert_allclose(padded[way], values, rtol=1e-5)
