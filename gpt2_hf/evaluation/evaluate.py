@@ -122,5 +122,8 @@ def evaluate_folder(
         )
     if hellaswag_items != 0:
         task = HellaSwag(load_hellaswag(hellaswag_items), tokenizer, n_positions=n_positions)
-        results |= task.score(model, device=where, tokens_per_batch=tokens_per_batch, autocast=autocast).metrics
+        scores = task.score(
+            model, device=where, tokens_per_batch=tokens_per_batch, autocast=autocast, show_progress=True
+        )
+        results |= scores.metrics
     return results

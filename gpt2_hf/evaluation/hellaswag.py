@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .validation import IGNORE, Autocast, Reduce, evaluating, sum_over_ranks, token_losses
@@ -193,6 +194,7 @@ class HellaSwag:
         world_size: int = 1,
         reduce: Reduce | None = None,
         autocast: Autocast = nullcontext,
+        show_progress: bool = False,
     ) -> HellaSwagScores:
         """Score all items with the model as it is; every rank returns the scores of all.
 
@@ -201,17 +203,20 @@ class HellaSwag:
         Args:
             tokens_per_batch: most tokens, padding included, per rank and forward call (one row at least).
             reduce, autocast: as in `validation_loss`.
+            show_progress: draw a bar, on a terminal.
         """
         device = torch.device(device)
         parts = torch.arange(1, ENDINGS + 1, device=device)[:, None]  # (4, 1)
         losses, scored = [], []
-        with evaluating(model), _masked_attention(model) as backend:
+        bar = tqdm(total=len(self._rows), desc="HellaSwag", unit="row", disable=None if show_progress else True)
+        with bar, evaluating(model), _masked_attention(model) as backend:
             for fields, numbers in self._batches(tokens_per_batch, rank, world_size):
                 input_ids, labels, part, position_ids = torch.from_numpy(fields).to(device)  # each (B, T)
                 told = {"input_ids": input_ids, "shift_labels": labels, "position_ids": position_ids}
                 loss = token_losses(model, autocast, **told, attention_mask=parts_mask(part, backend))
                 losses.append(loss[:, None].where(part[:, None] == parts, 0).sum(-1))  # (B, 4)
                 scored.append(numbers)
+                bar.update(min(len(numbers) * world_size, len(self._rows) - bar.n))
         loglikelihoods = np.zeros(math.prod(self._shape) + 1)
         loglikelihoods[np.concatenate(scored)] = -torch.cat(losses).cpu().double().numpy()
         return self._scores(sum_over_ranks(loglikelihoods[:-1], device, reduce).reshape(self._shape))
