@@ -1,4 +1,4 @@
-"""How a recipe and the command line set the knobs of a dataclass.
+"""How a recipe and the command line set the knobs of a dataclass, and the arguments of a script.
 
 Precedence: defaults < recipe (``--config FILE``) < command line (``--section.name value``), wherever ``--config``
 stands. Unknown keys are refused; whole numbers may be written 1e6, lists a,b, and dashes for underscores. Text stays
@@ -12,43 +12,25 @@ import argparse
 import codecs
 import dataclasses
 import difflib
-import glob
+import functools
 import inspect
-import json
-import math
-import os
 import re
 import sys
-import types
-from collections.abc import Callable, Container, Hashable
-from decimal import Decimal
+from collections.abc import Callable, Container, Hashable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from .knobs import LARGEST, ConfigError, limit_of, shown, take
+from .knobs import ConfigError, bare, from_text, limit_of, shown, take
 from .program import fail
 
 ConfigT = TypeVar("ConfigT")
 
-# Stands before text for a knob that may also be None: there jsonargparse reads YAML, where "---" or "~" is None.
-TEXT = "\0"
-NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d+)?")
-SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 BYTE_ORDER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
-def field_types(cls: type, prefix: str = "", include_extras: bool = False) -> dict[str, Any]:
-    """Dotted name -> annotation of every knob of a (nested) dataclass; ``include_extras``: with their limits."""
-    found: dict[str, Any] = {}
-    hints = get_type_hints(cls, include_extras=include_extras)
-    for name, annotation in ((field.name, hints[field.name]) for field in dataclasses.fields(cls)):
-        if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-            found |= field_types(annotation, f"{prefix}{name}.", include_extras)
-        else:
-            found[prefix + name] = annotation
-    return found
+# Knobs of a dataclass
 
 
 def parse_cli(cls: type[ConfigT], argv: list[str] | None = None, positional: str | None = None) -> ConfigT:
@@ -62,32 +44,78 @@ def parse_cli(cls: type[ConfigT], argv: list[str] | None = None, positional: str
     Raises:
         SystemExit: 2 after one line on stderr for anything wrong; 0 after ``--help``.
     """
-    import jsonargparse  # only programs with a command line need it
-
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = jsonargparse.ArgumentParser(
-        description=(cls.__doc__ or "").strip().splitlines()[0], exit_on_error=False, allow_abbrev=False
-    )
-    parser.add_argument("--config", metavar="FILE", help="Recipe (YAML) to start from; later arguments override it.")
+    kinds, hints = field_types(cls), getattr(cls, "HINTS", {})
+    parser = Arguments((cls.__doc__ or "").strip().splitlines()[0])
+    text = "recipe (YAML) to start from; the other arguments override it"
+    parser.add_argument("--config", metavar="FILE", action="append", default=[], help=text)
+    if positional:
+        parser.add_argument("words", metavar=positional, nargs="*", help=f"the same as --{positional}")
+    _add_fields(parser, cls)
     try:
-        typed, hints = field_types(cls), getattr(cls, "HINTS", {})
-        recipes, overrides = _split_recipes(argv)
-        if positional:
-            overrides = _name_positionals(overrides, positional)
-        flags = [flag for path in recipes for flag in _recipe_flags(Path(path), typed, hints)]
-        flags += [_plain_value(flag, typed) for flag in _join_values(overrides, typed, hints)]
-        parser.add_class_arguments(cls, None, as_group=False)
-        _show_limits(parser, cls)
-        parsed = parser.parse_args(flags)
-        values = parsed.clone().as_dict()
-        values.pop("config", None)
+        given = vars(parser.parse_args(_join_values(sys.argv[1:] if argv is None else argv, kinds, hints)))
+        values: dict[str, Any] = {}
+        for path in given.pop("config"):
+            values |= _recipe_values(Path(path), kinds, hints)
+        if positional and (words := given.pop("words")):
+            if positional in given:
+                raise ConfigError(f"{positional} is given with --{positional} and without: keep one of the two")
+            given[positional] = words
+        values |= {name: from_text(name, written, kinds[name]) for name, written in given.items()}
         return _build(cls, values)
-    except (jsonargparse.ArgumentError, ConfigError, OSError) as error:
+    except ConfigError as error:
         fail(error)
 
 
+def field_types(cls: type) -> dict[str, Any]:
+    """Dotted name -> annotation, with its limits, of every knob of a (nested) dataclass."""
+    found: dict[str, Any] = {}
+    for name, annotation, _ in _fields(cls):
+        if _is_section(annotation):
+            found |= {f"{name}.{inner}": kind for inner, kind in field_types(annotation).items()}
+        else:
+            found[name] = annotation
+    return found
+
+
+def _fields(cls: type) -> list[tuple[str, Any, Any]]:
+    """Name, annotation and default of each field."""
+    hints = get_type_hints(cls, include_extras=True)
+    return [(field.name, hints[field.name], field.default) for field in dataclasses.fields(cls)]
+
+
+def _is_section(annotation: Any) -> bool:
+    return dataclasses.is_dataclass(annotation) and isinstance(annotation, type)
+
+
+def _add_fields(parser: Any, cls: type, prefix: str = "") -> None:
+    """A flag for each field, those of a section in a group that has its docstring for a title."""
+    described = _described(cls)
+    for name, annotation, default in _fields(cls):
+        if _is_section(annotation):
+            title = (annotation.__doc__ or "").strip().splitlines()[0].rstrip(".")
+            _add_fields(parser.add_argument_group(title), annotation, f"{prefix}{name}.")
+        else:
+            text = _help(described[name], annotation, default)
+            metavar = _metavar(name, annotation)
+            parser.add_argument(f"--{prefix}{name}", default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+
+def _build(cls: type[ConfigT], values: dict[str, Any], prefix: str = "") -> ConfigT:
+    """The dataclass from values by dotted name; what is not among them has its default."""
+    arguments = {}
+    for name, annotation, _ in _fields(cls):
+        if _is_section(annotation):
+            arguments[name] = _build(annotation, values, f"{prefix}{name}.")
+        elif prefix + name in values:
+            arguments[name] = values[prefix + name]
+    return cls(**arguments)
+
+
+# A script's own arguments
+
+
 class Arguments(argparse.ArgumentParser):
-    """A script's own arguments, read and checked as the knobs of a recipe are; a mistake is one line and status 2."""
+    """A script's arguments, read and checked as the knobs of a recipe are; a mistake is one line and status 2."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(description=description, allow_abbrev=False)
@@ -97,83 +125,88 @@ class Arguments(argparse.ArgumentParser):
 
     def add_knob(self, *flags: str, kind: Any, help: str, **options: Any) -> None:
         """An argument whose annotation is ``kind``; its limits and its default are added to ``help``."""
-        name, limit, default = flags[-1].lstrip("-"), limit_of(kind), options.get("default")
-        help += f" [{limit}]" if limit else ""
-        help += f" (default: {default})" if default not in (None, "", []) else ""
+        name = flags[-1].lstrip("-")
+        if flags[-1].startswith("-"):
+            options.setdefault("metavar", _metavar(name, kind))
 
         def read(text: str) -> Any:
             try:
-                return read_value(name, text, kind)
+                return take(name, from_text(name, text, kind), kind)
             except ConfigError as error:
                 raise argparse.ArgumentTypeError(str(error)) from None
 
-        self.add_argument(*flags, type=read, help=help.replace("%", "%%"), **options)
+        self.add_argument(*flags, type=read, help=_help(help, kind, options.get("default")), **options)
 
     def add_knobs_of(self, function: Callable[..., Any], skip: Container[str]) -> None:
         """An argument for each of a function's; its docstring has their help."""
-        from docstring_parser import parse
-
-        described = {item.arg_name: item.description or "" for item in parse(function.__doc__ or "").params}
+        described = _described(function)
         hints = get_type_hints(function, include_extras=True)
         for name, parameter in inspect.signature(function).parameters.items():
             if name not in skip:
-                text = " ".join(described[name].split())
-                words = [word for kind in (hints[name], *get_args(hints[name])) for word in _words(kind)]
-                text += f": {', '.join(words)}" if words else ""
-                self.add_knob(f"--{name}", kind=hints[name], help=text, default=parameter.default)
+                self.add_knob(f"--{name}", kind=hints[name], help=described[name], default=parameter.default)
 
 
-def _words(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
+# Help
 
 
-def read_value(name: str, text: str, annotation: Any) -> Any:
-    """One word of the command line as a knob of that annotation takes it. Raises ConfigError."""
-    plain = _without_limits(annotation)
-    kinds = {int, float, bool} & {plain, *get_args(plain)}
-    value = json.loads(_plain_value(f"--{name}={text}", {name: plain}).partition("=")[2]) if kinds else text
-    return take(name, value, annotation)
+@functools.cache
+def _described(documented: Any) -> dict[str, str]:
+    """What a docstring says of each argument."""
+    from docstring_parser import parse
+
+    found = parse(documented.__doc__ or "").params
+    return {item.arg_name: " ".join((item.description or "").split()) for item in found}
 
 
-def _without_limits(annotation: Any) -> Any:
-    if get_origin(annotation) is Annotated:
-        return _without_limits(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return Union[tuple(_without_limits(kind) for kind in get_args(annotation))]  # noqa: UP007 - made, not written
-    return annotation
+def _help(text: str, kind: Any, default: Any) -> str:
+    limit = limit_of(kind)
+    text += f" [{limit}]" if limit else ""
+    text += f" (default: {default})" if default not in (None, "", [], (), dataclasses.MISSING) else ""
+    return text.replace("%", "%%")  # argparse formats it
 
 
-def _show_limits(parser: Any, cls: type) -> None:
-    """Add to each knob's help what its annotation says of it."""
-    limits = {name: limit_of(hint) for name, hint in field_types(cls, include_extras=True).items()}
-    for action in parser._actions:
-        if limit := limits.get(action.dest):
-            action.help = f"{action.help} [{limit}]"
+def _metavar(name: str, annotation: Any) -> str:
+    kind = bare(annotation)
+    if get_origin(kind) is Literal or kind is bool:
+        words = ("true", "false") if kind is bool else get_args(kind)
+        return "{" + ",".join(map(str, words)) + "}"
+    return "ITEM,..." if get_origin(kind) in (list, tuple) else name.upper()
 
 
-def _split_recipes(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Take every ``--config FILE`` out of the arguments, so that recipes come first wherever they stand."""
-    recipes, rest = [], []
+# The command line and recipes, before their values are looked at
+
+
+def _join_values(argv: Iterable[str], kinds: dict[str, Any], hints: dict[str, str]) -> list[str]:
+    """``--name value`` as ``--name=value``, whatever the value starts with, refusing names that do not exist."""
+    joined: list[str] = []
     items = iter(argv)
     for item in items:
-        if item == "--config":
-            path = next(items, None)
-            if path is None:
-                raise ConfigError("--config needs the path of a recipe, for example recipes/gpt2_124m.yaml")
-            recipes.append(path)
-        elif item.startswith("--config="):
-            recipes.append(item.removeprefix("--config="))
-        else:
-            rest.append(item)
-    return recipes, rest
+        if not item.startswith("--") or item == "--help":
+            joined.append(item)
+            continue
+        name, equals, value = item[2:].partition("=")
+        name = name.replace("-", "_")  # --on-error is --on_error
+        if name != "config":
+            _check_known(name, kinds, hints)
+        given = value if equals else next(items, None)
+        if given is None:
+            example = " the path of a recipe, for example recipes/gpt2_124m.yaml" if name == "config" else " a value"
+            raise ConfigError(f"--{name} needs{example}")
+        joined.append(f"--{name}={given}")
+    return joined
 
 
-def _name_positionals(argv: list[str], name: str) -> list[str]:
-    """Turn bare arguments into one ``--name=[...]`` flag."""
-    bare: list[str] = []
-    while argv and not argv[0].startswith("-"):
-        bare.append(argv.pop(0))
-    return [f"--{name}={json.dumps(bare, ensure_ascii=False)}", *argv] if bare else argv
+def _check_known(name: str, kinds: dict[str, Any], hints: dict[str, str]) -> None:
+    if name in kinds:
+        return
+    leaf = name.rpartition(".")[2]
+    if leaf in hints:
+        raise ConfigError(f"unknown key {shown(name)}: {hints[leaf]}")
+    by_leaf = {known.rpartition(".")[2]: known for known in kinds}
+    close = difflib.get_close_matches(name, kinds, 1, 0.75) or [
+        by_leaf[leaf] for leaf in difflib.get_close_matches(leaf, by_leaf, 1, 0.7)
+    ]
+    raise ConfigError(f"unknown key {name!r}{f'; did you mean {close[0]!r}?' if close else '; see --help'}")
 
 
 class _Recipe(yaml.SafeLoader):
@@ -195,7 +228,8 @@ class _Recipe(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def _recipe_values(path: Path, kinds: dict[str, Any], hints: dict[str, str]) -> dict[str, Any]:
+    """Dotted name -> value of what a recipe sets."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -203,143 +237,40 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # a NUL character in the name is a ValueError
         raise ConfigError(f"the recipe {shown(str(path))} cannot be read ({error})") from None
     try:
+        return {name: from_text(name, written, kinds[name]) for name, written in _settings(raw, kinds, hints)}
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _settings(raw: bytes, kinds: dict[str, Any], hints: dict[str, str]) -> list[tuple[str, Any]]:
+    """Dotted names, all of them known, and what a recipe writes there."""
+    found = []
+
+    def walk(node: dict[str, Any], prefix: str) -> None:
+        for key, written in node.items():
+            name = f"{prefix}{key}"
+            if not any(known.startswith(f"{name}.") for known in kinds):
+                _check_known(name, kinds, hints)
+                found.append((name, written))
+            elif isinstance(written, dict | None):
+                walk(written or {}, f"{name}.")
+            else:
+                raise ConfigError(f"{name} is a section, and is {shown(written)}: give it keys of its own")
+
+    walk(_parse_recipe(raw), "")
+    return found
+
+
+def _parse_recipe(raw: bytes) -> dict[str, Any]:
+    try:
         recipe = yaml.load(raw.decode("utf-8-sig"), _Recipe)
     except UnicodeDecodeError as error:
         kind = "UTF-16" if raw.startswith(BYTE_ORDER_MARKS) else "Latin-1, perhaps"
-        raise ConfigError(f"{path} is not UTF-8 (byte {error.start} cannot be; {kind}): save it as UTF-8") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"it is not UTF-8 (byte {error.start} cannot be; {kind}): save it as UTF-8") from None
+    except ConfigError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+        raise ConfigError(f"it is not YAML: {error}") from None
     if recipe is not None and not isinstance(recipe, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of sections, not {type(recipe).__name__}")
+        raise ConfigError(f"a recipe is a mapping of sections, not {type(recipe).__name__}")
     return recipe or {}
-
-
-def _recipe_flags(path: Path, typed: dict[str, Any], hints: dict[str, str]) -> list[str]:
-    """A recipe as command-line flags, so that one code path reads both."""
-    flags = []
-
-    def walk(node: dict[str, Any], prefix: str) -> None:
-        for key, value in node.items():
-            name = f"{prefix}{key}"
-            is_section = any(known.startswith(f"{name}.") for known in typed)
-            if is_section and isinstance(value, dict | None):
-                walk(value or {}, f"{name}.")
-                continue
-            if is_section:
-                raise ConfigError(f"{path}: {name} is a section, and is {shown(value)}: give it keys of its own")
-            _check_known(name, typed, f"{path}: ", hints)
-            if value is None:
-                if type(None) not in get_args(typed[name]):
-                    raise ConfigError(f"{path}: {name} is empty: give it a value, or leave it out")
-                flags.append(f"--{name}=null")
-                continue
-            text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-            flags.append(_plain_value(f"--{name}={text}", typed))
-
-    walk(_read_recipe(path), "")
-    return flags
-
-
-def _join_values(argv: list[str], typed: dict[str, Any], hints: dict[str, str]) -> list[str]:
-    """``--name value`` as ``--name=value``, refusing names that do not exist."""
-    joined: list[str] = []
-    items = iter(argv)
-    for item in items:
-        if not item.startswith("--") or item == "--help" or item.startswith("--print_config"):
-            joined.append(item)
-            continue
-        name, equals, value = item[2:].partition("=")
-        name = name.replace("-", "_")  # --on-error is --on_error
-        _check_known(name, typed, "", hints)
-        if not equals:
-            given = next(items, None)
-            if given is None:
-                raise ConfigError(f"--{name} needs a value")
-            value = given
-        joined.append(f"--{name}={value}")
-    return joined
-
-
-def _check_known(name: str, typed: dict[str, Any], where: str, hints: dict[str, str]) -> None:
-    if name in typed:
-        return
-    leaf = name.rpartition(".")[2]
-    if leaf in hints:
-        raise ConfigError(f"{where}unknown key {shown(name)}: {hints[leaf]}")
-    by_leaf = {known.rpartition(".")[2]: known for known in typed}
-    close = difflib.get_close_matches(name, typed, 1, 0.75) or [
-        by_leaf[leaf] for leaf in difflib.get_close_matches(leaf, by_leaf, 1, 0.7)
-    ]
-    raise ConfigError(f"{where}unknown key {name!r}{f'; did you mean {close[0]!r}?' if close else '; see --help'}")
-
-
-def _is_text(annotation: Any) -> bool:
-    """Whether a knob is text, a word to choose, or a list of text."""
-    return annotation is str or get_origin(annotation) is Literal or str in get_args(annotation)
-
-
-def _plain_value(flag: str, typed: dict[str, Any]) -> str:
-    """Write a value so that jsonargparse can read it in one way only. Raises ConfigError when it cannot be one."""
-    name, _, text = flag[2:].partition("=")
-    if name not in typed:  # --help, or a stray word for jsonargparse to refuse
-        return flag
-    annotation = typed[name]
-    if get_origin(annotation) in (tuple, list):
-        if _is_text(annotation):
-            return f"--{name}={json.dumps(_list_of_text(text), ensure_ascii=False)}" if text else flag
-        items = text.strip().removeprefix("[").removeprefix("(").removesuffix("]").removesuffix(")").split(",")
-        numbers = [_number(name, item.strip(" \"'"), float) for item in items]
-        return f"--{name}=[{', '.join(numbers)}]"
-    kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
-    if type(None) in kinds and text == "null" and not _is_text(annotation):
-        return flag
-    if _is_text(annotation):
-        return f"--{name}={TEXT}{text}" if type(None) in kinds else flag
-    if bool in kinds:
-        if text.lower() not in SWITCH:
-            raise ConfigError(f"{name} is {shown(text)}: give true or false")
-        return f"--{name}={json.dumps(SWITCH[text.lower()])}"
-    return f"--{name}={_number(name, text, float if float in kinds else int)}"
-
-
-def _number(name: str, text: str, kind: type) -> str:
-    what = "whole number" if kind is int else "number"
-    is_octal = re.match(r"[+-]?0[\d_]", text)
-    if len(text) > 100 or not NUMBER.fullmatch(text) or is_octal:
-        raise ConfigError(f"{name} is {shown(text)}: give a {what}" + (" without 0 before it" if is_octal else ""))
-    if kind is float:
-        value = float(text.replace("_", ""))
-        if math.isinf(value):
-            raise ConfigError(f"{name} is {shown(text)}: too large for a number")
-        return repr(value)
-    exact = Decimal(text.replace("_", ""))
-    if abs(exact) > LARGEST or exact != exact.to_integral_value():
-        raise ConfigError(f"{name} is {shown(text)}: give a whole number" + (", not so large" * (abs(exact) > LARGEST)))
-    return str(int(exact))
-
-
-def _list_of_text(text: str) -> Any:
-    if text[0] + text[-1] in ("[]", "()"):
-        try:
-            return yaml.load(f"[{text[1:-1]}]", yaml.BaseLoader)
-        except yaml.YAMLError:
-            pass  # a glob, perhaps
-    if "," in text and (os.path.exists(text) or glob.glob(text, recursive=True)):
-        return [text]
-    return text.split(",")
-
-
-def _build(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    # By hand, because jsonargparse builds the root without running its __post_init__.
-    hints = get_type_hints(cls)
-    arguments = {}
-    for name, value in values.items():
-        annotation = hints[name]
-        if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-            value = _build(annotation, value)
-        elif isinstance(value, str):
-            value = value.removeprefix(TEXT)
-        arguments[name] = value
-    return cls(**arguments)

@@ -9,6 +9,7 @@ A dataclass that inherits from `Knobs`, or a function under `checked`, then take
 from __future__ import annotations
 
 import functools
+import glob
 import inspect
 import math
 import os
@@ -16,7 +17,10 @@ import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
 
 from .program import UserError
 
@@ -24,6 +28,9 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
 # Beyond this a whole number means no size, count or seed of anything.
 LARGEST = 2**63 - 1
+
+NUMBER = re.compile(r"[+-]?(\d[\d_]*\.?\d*|\.\d+)([eE][+-]?\d{1,4})?")
+SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class ConfigError(UserError):
@@ -164,8 +171,10 @@ def take(name: str, value: Any, annotation: Any) -> Any:
         if value not in arguments:
             raise ConfigError(f"{name} is {shown(value)}: choose {', '.join(map(str, arguments))}")
     elif origin in (list, tuple):
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} is {shown(value)}: give a list, such as [a, b]")
         kinds = [arguments[0]] * len(value) if origin is list or arguments[1:] == (...,) else list(arguments)
-        if isinstance(value, str) or len(kinds) != len(value):
+        if len(kinds) != len(value):
             raise ConfigError(f"{name} is {shown(value)}: give {len(kinds)} values, such as [a, b]")
         return origin(take(name, item, kind) for item, kind in zip(value, kinds, strict=True))
     elif annotation in (int, float):
@@ -187,6 +196,79 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:  # bytes of an argument or file name that are not UTF-8 stand in it as surrogates
         return False
     return True
+
+
+def from_text(name: str, written: Any, annotation: Any) -> Any:
+    """What a recipe or a command line writes, as a value of that annotation; its limits `take` checks.
+
+    Whole numbers may be written 1e6, and lists a,b, which is one item if a file has that name. Raises ConfigError.
+    """
+    kind, is_optional = bare(annotation), type(None) in get_args(annotation)
+    if written is None and not is_optional:
+        raise ConfigError(f"{name} is empty: give it a value, or leave it out")
+    if get_origin(kind) in (list, tuple):
+        return _listed(name, written, kind)
+    if kind not in (bool, int, float) or not isinstance(written, str):
+        return written
+    if is_optional and written == "null":
+        return None
+    return _switch(name, written) if kind is bool else _number(name, written, kind)
+
+
+def bare(annotation: Any) -> Any:
+    """An annotation without its limits and None: int for ``Annotated[int, Range(1)] | None``."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return bare(next(kind for kind in get_args(annotation) if kind is not type(None)))
+    return bare(get_args(annotation)[0]) if get_origin(annotation) is Annotated else annotation
+
+
+def _listed(name: str, written: Any, kind: Any) -> Any:
+    """A recipe's list, or a,b or [a, b] as text, as the list or tuple of that kind."""
+    item_kind = get_args(kind)[0]
+    if isinstance(written, str):
+        written = _items(name, written)
+    if not isinstance(written, list):
+        return written  # for `take` to refuse
+    if bare(item_kind) in (int, float):
+        written = [item.strip() if isinstance(item, str) else item for item in written]
+    return get_origin(kind)(from_text(name, item, item_kind) for item in written)
+
+
+def _items(name: str, text: str) -> list[Any]:
+    if not text:
+        raise ConfigError(f"{name} is empty: give a list such as a,b, or leave it out")
+    if text[0] + text[-1] in ("[]", "()"):
+        try:
+            return yaml.load(f"[{text[1:-1]}]", yaml.BaseLoader)
+        except (yaml.YAMLError, RecursionError):
+            pass  # a glob, perhaps
+    if "," in text and (os.path.exists(text) or glob.glob(text, recursive=True)):
+        return [text]
+    return text.split(",")
+
+
+def _switch(name: str, text: str) -> bool:
+    if text.lower() not in SWITCH:
+        raise ConfigError(f"{name} is {shown(text)}: give true or false")
+    return SWITCH[text.lower()]
+
+
+def _number(name: str, text: str, kind: type) -> float:
+    what = "whole number" if kind is int else "number"
+    is_octal = re.match(r"[+-]?0[\d_]", text)
+    if len(text) > 100 or not NUMBER.fullmatch(text) or is_octal:
+        raise ConfigError(f"{name} is {shown(text)}: give a {what}" + (" without 0 before it" if is_octal else ""))
+    digits = text.replace("_", "")
+    if kind is float:
+        if math.isinf(float(digits)):
+            raise ConfigError(f"{name} is {shown(text)}: too large for a number")
+        return float(digits)
+    exact = Decimal(digits)
+    if abs(exact) > LARGEST:
+        raise ConfigError(f"{name} is {shown(text)}: give a whole number, not so large")
+    if exact != exact.to_integral_value():
+        raise ConfigError(f"{name} is {shown(text)}: give a whole number")
+    return int(exact)
 
 
 def limit_of(annotation: Any) -> str:

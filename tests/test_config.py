@@ -38,15 +38,6 @@ def test_precedence_wherever_the_recipe_stands(recipe):
         assert config.optim.eps == RunConfig().optim.eps
 
 
-def test_numbers_as_people_write_them():
-    config = parse("--train.steps", "1e6", "--train.global_batch_tokens", "524_288", "--optim.lr", "1e-3")
-    assert config.train.steps == 1_000_000 and isinstance(config.train.steps, int)
-    assert config.train.global_batch_tokens == 524_288
-    assert config.optim.lr == 1e-3
-    assert parse("--model.n_embd", "1e3", "--model.n_head", "10").model.n_embd == 1000
-    assert parse("--train.trackers", "[tensorboard]", "--train.run_dir", "1e3").train.run_dir == "1e3"
-
-
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -54,9 +45,7 @@ def test_numbers_as_people_write_them():
         (["--train.l", "3"], "unknown key 'train.l'"),
         (["--train.lr", "3"], "did you mean 'optim.lr'"),
         (["--lr", "3"], "did you mean 'optim.lr'"),
-        (["--train.steps", "1.5"], "train.steps"),
         (["--train.steps"], "needs a value"),
-        (["--optim.name", "sgd"], "optim.name"),
         (["--train.steps", "0"], "train.steps is 0, and must be >= 1"),
         (["--data.seq_len", "2048"], "longer than the model's 1024 positions"),
         (["--model.n_head", "7"], "multiple of n_head"),
@@ -75,20 +64,16 @@ def test_mistakes_are_one_line_and_exit_code_2(argv, words, capsys):
 
 def test_mistakes_in_a_recipe_name_the_file(tmp_path, capsys):
     path = tmp_path / "bad.yaml"
-    for text, words in (("train: {stepz: 3}", "did you mean 'train.steps'"), ("- a", "mapping"), ("a: [", "")):
+    for text, words in (
+        ("train: {stepz: 3}", "did you mean 'train.steps'"),
+        ("- a", "mapping"),
+        ("train: {steps: a}", ""),
+    ):
         path.write_text(text)
         with pytest.raises(SystemExit):
             parse("--config", str(path))
         message = capsys.readouterr().err
         assert "bad.yaml" in message and words in message and message.count("\n") == 1
-
-
-def test_help_explains_every_knob(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse("--help")
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert "--optim.max_grad_norm" in text and "one of OpenAI's sizes" in text
 
 
 def test_resolved_config_reads_back_equal(tmp_path, recipe):
@@ -105,13 +90,6 @@ def test_recipes_are_valid_and_divide_on_1_and_8_processes(path):
     assert config.train.run_dir == f"runs/{name}"
     for world_size in (1,) if name == "demo" else (1, 8):
         assert config.grad_accum_steps(world_size) >= 1
-
-
-def test_lists_may_be_written_plainly():
-    config = parse_cli(RunConfig, ["--train.trackers", "wandb,tensorboard", "--optim.betas", "0.8,0.9"])
-    assert (config.train.trackers, config.optim.betas) == (["wandb", "tensorboard"], (0.8, 0.9))
-    config = parse_cli(RunConfig, ["--train.trackers", "[wandb]", "--optim.betas=[0.7, 0.9]"])
-    assert (config.train.trackers, config.optim.betas) == (["wandb"], (0.7, 0.9))
 
 
 @dataclass(frozen=True)
@@ -172,7 +150,12 @@ def test_a_comma_in_the_name_of_a_file_does_not_part_it(tmp_path, monkeypatch, c
     assert parse_cli(Knobs, ["--names", "b.jsonl,c.jsonl"]).names == ("b.jsonl", "c.jsonl")
     assert parse_cli(Knobs, ["--names", '["a,b.jsonl", b.jsonl]']).names == ("a,b.jsonl", "b.jsonl")
     bare = ["a,b", "\U0001f600.txt", "[c]"]
-    assert parse_cli(Knobs, bare, positional="names").names == tuple(bare)
+    for argv in (bare, ["--separator", "x", *bare], [*bare, "--separator", "x"]):
+        assert parse_cli(Knobs, argv, positional="names").names == tuple(bare)
+    for argv in (["a", "--names=b"], ["--names=b", "a"]):
+        with pytest.raises(SystemExit):
+            parse_cli(Knobs, argv, positional="names")
+    assert capsys.readouterr().err.count("names is given with --names and without") == 2
 
 
 def test_every_knob_is_used_by_a_recipe_or_has_a_stated_reason():

@@ -1,8 +1,6 @@
 """What is chosen for a machine, with the machine made up."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +13,8 @@ from torch._functorch import config as functorch
 from gpt2_hf import hardware
 from gpt2_hf.config import ModelSection, RunConfig, TrainSection
 from gpt2_hf.model.loss import LossKernels
-from gpt2_hf.training.build import build_accelerator, build_model
+from gpt2_hf.program import program
+from gpt2_hf.training.build import build_accelerator, build_model, set_precision
 
 ROOT = Path(__file__).parents[1]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -166,34 +165,27 @@ def test_cpus_are_those_that_this_process_may_use(monkeypatch, tmp_path, files, 
     assert hardware.usable_cpus(tmp_path) == cpus
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="pins a process to a CPU")
-def test_a_program_has_a_thread_for_each_cpu_and_its_threads_sleep():
-    """As the launcher starts it: with as many threads as the machine has cores."""
-    code = """
-import os
-os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-from gpt2_hf.program import program
+def test_a_run_has_no_more_threads_than_cpus_to_use(monkeypatch):
+    """Launchers start it with as many as the machine has cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.setattr(hardware, "usable_cpus", lambda: 2)
+    try:
+        set_precision(RunConfig(), CPU)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(False)
 
-@program
-def main():
-    from gpt2_hf.config import RunConfig
-    from gpt2_hf.training.build import set_precision
-    import torch
-    set_precision(RunConfig(), torch.device("cpu"))
-    print(torch.get_num_threads(), os.environ["OMP_WAIT_POLICY"])
 
-main()
-"""
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    for policy in ({}, {"OMP_WAIT_POLICY": "active"}):  # the user's word counts
-        result = subprocess.run(
-            [sys.executable, "-c", code],
-            env=environment | {"OMP_NUM_THREADS": "3"} | policy,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert result.stdout.split() == ["1", policy.get("OMP_WAIT_POLICY", "passive")]
+@pytest.mark.parametrize(("set_by_user", "policy"), [(None, "passive"), ("active", "active")])
+def test_a_programs_threads_sleep_when_they_wait(monkeypatch, set_by_user, policy):
+    monkeypatch.setenv("OMP_WAIT_POLICY", set_by_user or "")  # put back after the test
+    if set_by_user is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    seen = []
+    program(lambda: seen.append(os.environ["OMP_WAIT_POLICY"]))()
+    assert seen == [policy]
 
 
 def test_emulated_bf16_is_no_peak(monkeypatch):
@@ -229,13 +221,6 @@ def test_the_demo_is_of_the_machines_size(monkeypatch, device, precision, files)
     assert hardware.demo_files() == files
     for folder, file in zip(("accelerate_configs", "recipes"), files, strict=True):
         assert (ROOT / folder / f"{file}.yaml").is_file()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/cpuinfo")
-def test_precision_follows_the_cpu(monkeypatch):
-    for has_bf16 in (True, False):
-        monkeypatch.setattr(hardware, "_cpu_has_bf16", lambda has_bf16=has_bf16: has_bf16)
-        assert hardware.default_precision(CPU) == ("bf16" if has_bf16 else "fp32")
 
 
 @pytest.mark.parametrize(("dropout", "checkpointing"), [(0.1, True), (0.0, True), (0.1, False)])

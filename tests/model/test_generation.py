@@ -114,11 +114,15 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("settings", STRATEGIES.values(), ids=STRATEGIES)
-def test_every_strategy_gives_stock_tokens(settings, attn_implementation):
+# The strategies do not know the backend: eager has one of each way to run the model.
+@pytest.mark.parametrize(
+    ("name", "attn_implementation"),
+    [(name, "sdpa") for name in STRATEGIES]
+    + [(name, "eager") for name in ("greedy", "beam", "sample", "guided", "no cache", "no cache, beam")],
+)
+def test_every_strategy_gives_stock_tokens(name, attn_implementation):
     ours, stock = twins(attn_implementation)
-    tokens = assert_same_tokens(ours, stock, **left_padded([9, 4, 1]), **settings)
+    tokens = assert_same_tokens(ours, stock, **left_padded([9, 4, 1]), **STRATEGIES[name])
     assert len(tokens[:, 9:].unique()) > 3
 
 
@@ -131,7 +135,7 @@ def test_strategies_differ():
 
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("length", [1, 2, 31, 46, 47, 48])
+@pytest.mark.parametrize("length", [1, 31, 47, 48])
 def test_prompts_of_every_length_up_to_the_last_position(length, attn_implementation):
     ours, stock = twins(attn_implementation)
     room = POSITIONS + 1 - length  # the last token is drawn, but never read
@@ -207,7 +211,7 @@ def test_every_cache_gives_the_tokens_of_no_cache(cache, settings, attn_implemen
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("chunk", [1, 3, 9, 50])
+@pytest.mark.parametrize("chunk", [1, 3, 50])
 def test_prefill_in_chunks(chunk, cache):
     ours, stock = twins()
     batch = left_padded([10, 4, 1])
@@ -471,25 +475,23 @@ def test_decoding_compiles_without_graph_break():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["static cache", "compiled forward"])
-def test_decoding_compiled_by_inductor(way):
+def test_decoding_compiled_by_inductor():
     batch = left_padded([9, 4])
     ours, stock = pair(**FIELDS, n_layer=1)
-    expected = generate(stock, **batch)
     torch._dynamo.reset()
-    if way == "static cache":
-        compiled = CompileConfig(fullgraph=True, mode="default")
-        compiled._compile_all_devices = True
-        tokens = generate(ours, **batch, cache_implementation="static", compile_config=compiled)
-    else:
-        ours.forward = torch.compile(ours.forward, dynamic=True)
-        try:
-            tokens = generate(ours, **batch)
-        except torch._inductor.exc.InductorError:
-            torch._dynamo.reset()
-            stock.forward = torch.compile(stock.forward, dynamic=True)
-            with pytest.raises(torch._inductor.exc.InductorError):  # as torch 2.11 on a CPU
-                generate(stock, **batch)
-            pytest.skip(f"torch {torch.__version__} cannot compile stock either")
+    compiled = CompileConfig(fullgraph=True, mode="default")
+    compiled._compile_all_devices = True
+    tokens = generate(ours, **batch, cache_implementation="static", compile_config=compiled)
     torch._dynamo.reset()
-    assert torch.equal(tokens, expected)
+    assert torch.equal(tokens, generate(stock, **batch))
+
+
+def test_decoding_with_a_compiled_forward():
+    """As users compile by hand, with a cache that grows; the kernels are Inductor's own affair."""
+    batch = left_padded([9, 4])
+    ours, stock = pair(**FIELDS, n_layer=1)
+    torch._dynamo.reset()
+    ours.forward = torch.compile(ours.forward, dynamic=True, backend="aot_eager")
+    tokens = generate(ours, **batch)
+    torch._dynamo.reset()
+    assert torch.equal(tokens, generate(stock, **batch))

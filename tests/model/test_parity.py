@@ -1,12 +1,15 @@
-"""Numbers against stock GPT-2 in the same process: every precision, attention backend and kind of batch."""
+"""Numbers, inputs and outputs against stock GPT-2 in the same process: every precision, backend and kind of batch."""
+
+import inspect
 
 import pytest
 import torch
-from test_model import pair
-from transformers import GPT2Config, GPT2LMHeadModel
+import torch.nn.functional as F
+from test_model import SMALL, assert_equal_logits, pair
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from gpt2_hf.model import GPTConfig, GPTForCausalLM
+from gpt2_hf.model import GPTConfig, GPTForCausalLM, GPTModel
 
 flash = pytest.mark.gpu
 BACKENDS = ["eager", "sdpa", "flex_attention", pytest.param("flash_attention_2", marks=flash)]
@@ -204,14 +207,166 @@ def test_fp64_equals_stock_to_the_last_digits():
 
 
 def test_backends_agree_at_the_real_shape():
-    """Head size 64, 1024 positions, 50257 tokens: two layers of GPT-2 124M."""
+    """Head size 64 and 1024 positions, with a row that is padded: two layers of GPT-2 124M, below the head."""
     torch.manual_seed(0)
-    stock = GPT2LMHeadModel(GPT2Config(n_layer=2)).eval()
-    ours = GPTForCausalLM(GPTConfig(n_layer=2)).eval()
+    stock = GPT2Model(GPT2Config(n_layer=2, vocab_size=1000)).eval()
+    ours = GPTModel(GPTConfig(n_layer=2, vocab_size=1000)).eval()
     ours.load_state_dict(stock.state_dict())
-    tokens = torch.randint(50257, (1, 1024))
+    mask = (torch.arange(1024) >= torch.tensor([0, 300])[:, None]).long()
+    inputs = {"input_ids": torch.randint(1000, (2, 1024)), "attention_mask": mask, "use_cache": False}
+    torch._dynamo.reset()
     with torch.no_grad():
-        expected = stock(tokens).logits
+        expected = stock(**inputs).last_hidden_state
         for attn_implementation in ("eager", "sdpa", "flex_attention"):
             ours.set_attn_implementation(attn_implementation)
-            assert_close(ours(tokens).logits, expected, 1e-5)
+            assert_close(ours(**inputs).last_hidden_state[mask.bool()], expected[mask.bool()], 1e-5)
+
+
+# Inputs and outputs
+
+
+def tokens(seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, 211, (3, 20), generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_attention_backend_can_be_switched():
+    ours, stock = pair("sdpa")
+    mask = (torch.arange(20) >= torch.tensor([0, 9, 15])[:, None]).long()  # left padding, which must give no NaN
+    inputs = {"input_ids": tokens() * mask, "attention_mask": mask}
+    with torch.no_grad():
+        expected = stock(**inputs).logits[mask.bool()]
+        for name in ("eager", "sdpa"):
+            for model in (ours, stock):
+                model.set_attn_implementation(name)
+            assert ours.config._attn_implementation == ours.transformer.config._attn_implementation == name
+            found = ours(**inputs).logits
+            assert not found.isnan().any()
+            torch.testing.assert_close(found[mask.bool()], expected, rtol=1e-4, atol=1e-4)
+            shapes = [[a.shape for a in m(**inputs, output_attentions=True).attentions] for m in (ours, stock)]
+            assert shapes[0] == shapes[1] and len(shapes[0]) == (3 if name == "eager" else 0)
+
+
+def test_unknown_and_missing_backends_are_refused_as_by_stock():
+    for name in ("flash_attention_2", "no_such_backend"):
+        for kind, config in ((GPTForCausalLM, GPTConfig), (GPT2LMHeadModel, GPT2Config)):
+            with pytest.raises((ImportError, ValueError)):
+                kind(config(**SMALL, attn_implementation=name))
+
+
+def test_every_argument_of_stock_is_an_argument_of_ours_in_the_same_place():
+    ours, stock = (
+        [name for name, p in inspect.signature(kind.forward).parameters.items() if p.kind == p.POSITIONAL_OR_KEYWORD]
+        for kind in (GPTForCausalLM, GPT2LMHeadModel)
+    )
+    stock = [name for name in stock if not name.startswith("encoder_")]  # this decoder has no encoder
+    # The cache was renamed in transformers 5.24; ours takes both names with every version.
+    stock = ["past_key_values" if name == "cache" else name for name in stock]
+    assert "cache" in ours
+    assert [name for name in ours if name in stock] == stock
+    assert ours[: stock.index("inputs_embeds") + 1] == stock[: stock.index("inputs_embeds") + 1]
+
+
+@pytest.mark.parametrize("keep", [1, 3, torch.tensor([0, 5, 19])], ids=str)
+def test_logits_to_keep(keep):
+    ours, stock = pair()
+    assert_equal_logits(ours, stock, tokens(), logits_to_keep=keep)
+    with torch.no_grad():
+        picked = ours(tokens()).logits[:, -keep:] if isinstance(keep, int) else ours(tokens()).logits[:, keep]
+        torch.testing.assert_close(ours(tokens(), logits_to_keep=keep).logits, picked)
+
+
+def test_inputs_embeds_equal_input_ids():
+    ours, _ = pair()
+    with torch.no_grad():
+        embeds = ours.get_input_embeddings()(tokens())
+        assert torch.equal(ours(inputs_embeds=embeds).logits, ours(tokens()).logits)
+    for model in pair():
+        with pytest.raises(ValueError):
+            model(tokens(), inputs_embeds=embeds)
+        with pytest.raises(ValueError):
+            model()
+
+
+@pytest.mark.parametrize("extra", [{}, {"use_cache": False}, {"labels": True}, {"labels": True, "all": True}], ids=str)
+def test_outputs_have_stock_names_and_order(extra):
+    ours, stock = pair("eager")
+    keywords = {name: value for name, value in extra.items() if name == "use_cache"}
+    if "labels" in extra:
+        keywords["labels"] = tokens()
+    if "all" in extra:
+        keywords |= {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        a, b = ours(tokens(), **keywords), stock(tokens(), **keywords)
+        assert not getattr(b, "cross_attentions", None)  # empty, and there only when attentions are asked for
+        names = [name for name in b if name != "cross_attentions"]
+        assert list(a) == names
+        x, y = ours(tokens(), **keywords, return_dict=False), stock(tokens(), **keywords, return_dict=False)
+    y = y[: len(names)]
+    assert type(x) is type(y) is tuple and [type(i) for i in x] == [type(i) for i in y] and len(x) == len(a)
+    for i, (name, value) in enumerate(a.items()):
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(x[i], value), name
+
+
+def test_hidden_states_and_attentions_by_argument_and_by_configuration():
+    ours, stock = pair("eager")
+    with torch.no_grad():
+        out = ours(tokens(), output_hidden_states=True, output_attentions=True)
+        assert len(out.hidden_states) == 3 + 1 and len(out.attentions) == 3
+        assert {h.shape for h in out.hidden_states} == {(3, 20, 64)}
+        assert {a.shape for a in out.attentions} == {(3, 4, 20, 20)}
+        torch.testing.assert_close(out.attentions[0].sum(-1), torch.ones(3, 4, 20))
+        assert torch.equal(ours.lm_head(out.hidden_states[-1]), out.logits)
+        for model in (ours, stock):
+            model.config.output_hidden_states = model.config.output_attentions = True
+            out = model(tokens())
+            assert len(out.hidden_states) == 4 and len(out.attentions) == 3
+            model.config.output_hidden_states = model.config.output_attentions = False
+            assert model(tokens()).hidden_states is None
+
+
+def test_gradients_reach_hidden_states_and_attentions():
+    ours, stock = pair("eager")
+    gradients = []
+    for model in (ours, stock):
+        out = model(tokens(), output_hidden_states=True, output_attentions=True)
+        kept = [out.hidden_states[0], out.hidden_states[1], out.attentions[0]]
+        for t in kept:
+            t.retain_grad()
+        out.logits.flatten()[0].backward()
+        gradients.append([t.grad for t in kept])
+    for a, b in zip(*gradients, strict=True):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_each_dropout_works_in_training_and_rests_in_evaluation(name, attn_implementation):
+    ours, stock = pair(attn_implementation, **{name: 0.5})
+    with torch.no_grad():
+        assert torch.equal(ours(tokens()).logits, ours(tokens()).logits)
+        assert_equal_logits(ours, stock, tokens())
+        ours.train()
+        assert not torch.allclose(ours(tokens()).logits, ours(tokens()).logits)
+        if attn_implementation == "eager":  # the same draws in the same order
+            torch.manual_seed(1)
+            a = ours(tokens()).logits
+            torch.manual_seed(1)
+            torch.testing.assert_close(a, stock.train()(tokens()).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("labelled", [0, 1, 10, 20])
+def test_loss_of_partly_labelled_rows_equals_stock(labelled):
+    ours, stock = pair()
+    labels = tokens().clone()
+    labels[:, labelled:] = -100
+    a, b = ours(tokens(), labels=labels).loss, stock(tokens(), labels=labels).loss
+    torch.testing.assert_close(a, b, equal_nan=True)
+    count = torch.tensor(57)
+    a, b = (model(tokens(), labels=labels, num_items_in_batch=count).loss for model in (ours, stock))
+    torch.testing.assert_close(a, b)
+    expected = F.cross_entropy(
+        stock(tokens()).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum", ignore_index=-100
+    )
+    torch.testing.assert_close(a, expected / count)
