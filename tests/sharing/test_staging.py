@@ -32,9 +32,11 @@ def folder(tmp_path, monkeypatch) -> Path:
     (tmp_path / "id_key").write_text(KEY)
     path = tmp_path / "model"
     path.mkdir()
-    for name in ("tokenizer_config.json", "tokenizer.json", "vocab.json"):
-        (path / name).write_text('{"Hello": 0}')
-    (path / "merges.txt").write_text("H e\n")
+    (path / "tokenizer_config.json").write_text("{}")
+    # As in GPT-2's own files, where such pieces of texts are no paths.
+    (path / "tokenizer.json").write_text('{"model": {"merges": ["../ ../"]}}')
+    (path / "vocab.json").write_text('{"../../": 0}')
+    (path / "merges.txt").write_text("../ ../\n")
     (path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_ctx": 8, "_name_or_path": "gpt2"}))
     (path / "generation_config.json").write_text("{}")
     (path / "README.md").write_text("# mine, like https://example.org/root/home/x\n")
