@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,47 @@ def _refuse_two_models(folder: Path) -> None:
         raise ValueError(
             f"cannot load {folder}: beside {weights[0].name} lies adapter_config.json, an adapter's, which would load "
             "another model: move one of them to a folder of its own"
+        )
+
+
+@contextmanager
+def _errors_in_one_line(name: Any) -> Iterator[None]:
+    """Whatever a library says of what it cannot load, as one line that names it, of the kind that callers expect."""
+    broken = f"cannot load {name}: a weights file is cut off or damaged"
+    try:
+        yield
+    except (ImportError, NotImplementedError) as error:  # the second where a quantisation needs another device
+        why = " ".join(str(error).split())
+        raise ImportError(
+            f"cannot load {name}: its config.json, or an argument, asks for what is not there ({why})"
+        ) from error
+    except UnpicklingError as error:
+        # Its own text would have the reader try weights_only=False.
+        raise OSError(f"{broken} (or a pickle of more than tensors, which could run code)") from error
+    except (SafetensorError, EOFError) as error:
+        raise OSError(f"{broken} ({error})") from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:  # transformers' own words, or a file's name
+            raise
+        raise OSError(f"{broken} ({error.strerror})") from error
+    except (AttributeError, LookupError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        # transformers trusts its files to hold what they should.
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise OSError(
+            f"cannot load {name}: one of its files, or an argument, is not as it should be ({why})"
+        ) from error
+
+
+def _refuse_gaps(name: Any, info: dict[str, Any], ignore_mismatched_sizes: bool) -> None:
+    """Refuse a model that has weights which no file gave it."""
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"cannot load {name}: it lacks {len(missing)} of the model's weights ({missing[0]}, ...)")
+    if info["mismatched_keys"] and not ignore_mismatched_sizes:
+        key, found, expected = min(info["mismatched_keys"])
+        advice = f": vocab_size={found[0]} loads them all" if key.endswith(("wte.weight", "lm_head.weight")) else ""
+        raise ValueError(
+            f"cannot load {name}: {key} is {tuple(found)} in the file and {tuple(expected)} by config.json{advice}"
         )
 
 
@@ -123,51 +165,16 @@ class HubModel(ModelBase):
         kwargs["key_mapping"] = OLD_NAMES | (kwargs.get("key_mapping") or {})
         if isinstance(name, str | Path):
             _refuse_two_models(Path(name))
-        try:
+        load: Any = partial(
+            super().from_pretrained, name, *args, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        with _errors_in_one_line(name):
             try:
-                loaded: Any = super().from_pretrained(
-                    name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-                )
+                model, info = load(**kwargs)
             except NotImplementedError:  # transformers compares a head that it has left out with the embedding
                 ignore_mismatched_sizes = False
-                loaded = super().from_pretrained(
-                    name,
-                    *args,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                    **kwargs | {"tie_word_embeddings": False},
-                )
-        except (ImportError, NotImplementedError) as error:  # the second where a quantisation needs another device
-            why = " ".join(str(error).split())
-            raise ImportError(
-                f"cannot load {name}: its config.json, or an argument, asks for what is not there ({why})"
-            ) from error
-        except UnpicklingError as error:
-            # Its own text would have the reader try weights_only=False.
-            why = "or a pickle of more than tensors, which could run code"
-            raise OSError(f"cannot load {name}: a weights file is cut off or damaged ({why})") from error
-        except (SafetensorError, EOFError) as error:
-            raise OSError(f"cannot load {name}: a weights file is cut off or damaged ({error})") from error
-        except OSError as error:
-            if error.errno is None or error.filename is not None:  # transformers' own words, or a file's name
-                raise
-            raise OSError(f"cannot load {name}: a weights file is cut off or damaged ({error.strerror})") from error
-        except (AttributeError, LookupError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            # transformers trusts its files to hold what they should.
-            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise OSError(
-                f"cannot load {name}: one of its files, or an argument, is not as it should be ({why})"
-            ) from error
-        model, info = loaded
-        if info["missing_keys"]:
-            missing = sorted(info["missing_keys"])
-            raise ValueError(f"cannot load {name}: it lacks {len(missing)} of the model's weights ({missing[0]}, ...)")
-        if info["mismatched_keys"] and not ignore_mismatched_sizes:
-            key, found, expected = min(info["mismatched_keys"])
-            advice = f": vocab_size={found[0]} loads them all" if key.endswith(("wte.weight", "lm_head.weight")) else ""
-            raise ValueError(
-                f"cannot load {name}: {key} is {tuple(found)} in the file and {tuple(expected)} by config.json{advice}"
-            )
+                model, info = load(**kwargs | {"tie_word_embeddings": False})
+        _refuse_gaps(name, info, ignore_mismatched_sizes)
         # Saving would give the old names back.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [c for c in conversions if not OLD_NAMES.keys() & set(c.source_patterns)]

