@@ -147,15 +147,19 @@ def race_busy(shape: Shape, device: torch.device, rounds: int, seconds: float, o
 
 def _busy_table(rates: dict[tuple[str, int], list[float]], n_cpus: int) -> str:
     alone = [f"{median(rates[name, 0]):,.0f}" for name in WAITING]
-    rows = [["beside", "fair share", *WAITING], ["---"] * (2 + len(WAITING)), ["nothing, tokens/s", "", *alone]]
+    lines = [_cells("beside", "fair share", *WAITING), "|---|---|---|---|", _cells("nothing, tokens/s", "", *alone)]
     for n_others in sorted({1, n_cpus}):
         shares = [
-            median(beside / alone for beside, alone in zip(rates[name, n_others], rates[name, 0], strict=True))
+            median(beside / before for beside, before in zip(rates[name, n_others], rates[name, 0], strict=True))
             for name in WAITING
         ]
         fair = n_cpus / (n_cpus + n_others)
-        rows.append([f"{n_others} counting", *(f"{share:.0%}" for share in (fair, *shares))])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        lines.append(_cells(f"{n_others} counting", *(f"{share:.0%}" for share in (fair, *shares))))
+    return "\n".join(lines)
+
+
+def _cells(*texts: str) -> str:
+    return f"| {' | '.join(texts)} |"
 
 
 @contextmanager

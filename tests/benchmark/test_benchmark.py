@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from gpt2_hf import hardware
-from gpt2_hf.benchmark import processes, results, run, variants
+from gpt2_hf.benchmark import processes, results, run, speed, variants
 from gpt2_hf.benchmark.breakdown import profile_step
 from gpt2_hf.benchmark.limits import floor_seconds, measure_limits
 from gpt2_hf.benchmark.processes import RaceError
@@ -280,7 +280,7 @@ def test_beside_other_programs(benchmark, stand_in, monkeypatch):
     assert benchmark("--what=busy", "--grad_accum_steps=2").splitlines() == [
         "2 CPUs, 1 rounds",
         "| beside | fair share | threads that sleep | OpenMP's default |",
-        "| --- | --- | --- | --- |",
+        "|---|---|---|---|",
         "| nothing, tokens/s |  | 256 | 128 |",
         "| 1 counting | 67% | 50% | 50% |",
         "| 2 counting | 50% | 33% | 33% |",
@@ -335,6 +335,28 @@ def test_scoring(benchmark):
     for name in ("gpt2_hf", "lm_eval, batch 1", "lm_eval, batch 8", "lm_eval, batch 32"):
         assert f"\n{name}: " in printed
     assert "\nacc: the same picks\nacc_norm: the same picks\n" in printed
+
+
+def test_data(monkeypatch, tmp_path, capsys):
+    """The lecture's way reads files, whatever was named; the preparations themselves stand elsewhere."""
+    for name in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # to be put back
+    (tmp_path / "texts.jsonl").write_text('{"text": "To be"}\n{"text": "or not"}\n')
+    given = []
+
+    def lecture(files, out, processes):
+        given.extend(files)
+        out.mkdir()
+
+    monkeypatch.setattr(speed, "prepare", lambda config: Path(config.out).mkdir())
+    monkeypatch.setattr(speed, "prepare_as_in_the_lecture", lecture)
+    monkeypatch.setattr(sys, "argv", ["benchmark_data.py", str(tmp_path), "--rounds=1"])
+    runpy.run_path(str(ROOT / "scripts" / "benchmark_data.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert set(given) == {str(tmp_path / "texts.jsonl")}
+    for title in ("encoding whole documents: 2 texts", "one worker, 2 texts", f"whole preparation of {tmp_path}"):
+        assert f"\n{title}" in printed
+    assert printed.count("100.0% (100.0% to 100.0%)") >= 4  # each table's base
 
 
 def test_a_killed_benchmark_leaves_no_process(tmp_path):
