@@ -372,20 +372,22 @@ def fields(**values):
 variant, shape = fields(label="stuck", model="stuck.py:GPT"), fields(**{asdict(TINY)!r})
 worker = Worker(variant, shape, "cpu", Path("logs"))
 other = program_with_us("while True: pass")
-print(worker._process.pid, other.__enter__().pid, flush=True)
+Path("pids").write_text(f"{{worker._process.pid}} {{other.__enter__().pid}}")
 while not Path("is_stuck").exists() and worker._process.poll() is None:
     time.sleep(0.02)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
     assert killed.returncode == -signal.SIGKILL and (tmp_path / "is_stuck").exists()
-    end = time.monotonic() + 120
-    for pid in killed.stdout.split():
-        status = Path(f"/proc/{int(pid)}/stat")
-        while runs(status) and time.monotonic() < end:
-            time.sleep(0.02)
-        assert not runs(status)
+    statuses = [Path(f"/proc/{pid}/stat") for pid in (tmp_path / "pids").read_text().split()]
+    end = time.monotonic() + 60
+    while any(map(runs, statuses)) and time.monotonic() < end:
+        time.sleep(0.02)
+    left = [int(status.parent.name) for status in statuses if runs(status)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 def runs(status: Path) -> bool:
