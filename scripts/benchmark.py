@@ -3,6 +3,9 @@
 --ladder climbs the lecture's steps instead, from fp32 to ours. --what says what else to measure: whether data and
 logging keep up (loop), how long the demo's start takes (start), what other programs on the CPUs cost (busy), whether
 the loss falls as in the plain loop (curve), HellaSwag against lm-evaluation-harness (hellaswag).
+
+A step is waited for, and is one micro-batch. Training pays for its optimizer more seldom: with --grad_accum_steps 8, as
+often as the 124M recipe does on one GPU.
 """
 
 from dataclasses import replace
@@ -26,6 +29,8 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="only rows with this in their name; may repeat")
     help = "windows of a forward pass (default: the shape's)"
     parser.add_knob("--micro_batch_size", kind=count, help=help)
+    help = "forward and backward passes of an optimizer step (default: 1; of --what loop 8)"
+    parser.add_knob("--grad_accum_steps", kind=count, help=help)
     parser.add_knob("--rounds", kind=count, default=5, help="turns of each")
     parser.add_knob("--seconds", kind=Annotated[float, Range(above=0, at_most=3600)], default=4.0, help="of each turn")
     parser.add_knob("--hellaswag_items", kind=Annotated[int, Range(1, 10_042)], default=100, help="items of it")
@@ -38,12 +43,15 @@ def main() -> None:
 
     device = hardware.pick_device(args.device)
     shape = shape_of(args.shape, device.type)
-    if args.micro_batch_size:
-        shape = replace(shape, micro_batch_size=args.micro_batch_size)
+    shape = replace(
+        shape,
+        micro_batch_size=args.micro_batch_size or shape.micro_batch_size,
+        grad_accum_steps=args.grad_accum_steps or (8 if args.what == "loop" else 1),
+    )
     if args.what == "step":
         text = race_steps(shape, device, args.rounds, args.seconds, Path(args.out), args.peer, args.only, args.ladder)
     elif args.what == "loop":
-        text = race_loop(replace(shape, grad_accum_steps=8), device, args.rounds)
+        text = race_loop(shape, device, args.rounds)
     elif args.what == "start":
         text = race_start(args.rounds)
     elif args.what == "busy":

@@ -44,35 +44,26 @@ def race_hellaswag(
     rounds: int,
     device: str = "cpu",
     batch_sizes: Sequence[int] = (1, 8, 32),
-    dtype: str = "float32",
 ) -> dict[str, Any]:
     """Score the fixed subset of `n_items` the lm-eval way, by us once and by the harness at each batch size, in turns.
 
-    The harness has the stock model of the folder, as its command line would load it; the weights, and the precision
-    that both compute in, are `dtype`.
+    The harness has the stock model of the folder, as its command line would load it; both compute in fp32.
 
     Returns:
-        What was run; "seconds", by scorer, and "speedup", the harness's time over ours, at whichever batch size was
-        its fastest in the round: each a median, min and max over the rounds; "same_picks", by metric, whether every
-        item got the same pick from all; "different_picks", the numbers of those items.
+        "parameters" of the model; "seconds", by scorer, and "speedup", the harness's time over ours, at whichever
+        batch size was its fastest in the round: each a median, min and max over the rounds; "same_picks", by metric,
+        whether every item got the same pick from all; "different_picks", the numbers of those items.
     """
-    where, precision = torch.device(device), getattr(torch, dtype)
+    where = torch.device(device)
     model, tokenizer = load_folder(folder, where)
-    model.to(precision)
-    stock: Any = GPT2LMHeadModel.from_pretrained(folder, dtype=precision)
+    model.float()
+    stock: Any = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
     stock.to(where).eval()
     scorers: dict[str, Callable[[], Picks]] = {
-        "gpt2_hf": partial(_ours, model, tokenizer, load_hellaswag(n_items), where)
+        "gpt2_hf": partial(_ours, model, tokenizer, load_hellaswag(n_items), where),
+        **_harness(stock, tokenizer, n_items, batch_sizes),
     }
-    scorers |= _harness(stock, tokenizer, n_items, batch_sizes)
-
-    seconds: dict[str, list[float]] = {name: [] for name in scorers}
-    picks: dict[str, Picks] = {}
-    for turn in range(rounds + 1):
-        for name, score in scorers.items():
-            began = time.perf_counter()
-            picks[name] = score()
-            seconds[name] += [time.perf_counter() - began] * (turn > 0)
+    seconds, picks = _take_turns(scorers, rounds)
 
     ours, *others = seconds.values()
     fastest = [min(times) for times in zip(*others, strict=True)]
@@ -82,16 +73,25 @@ def race_hellaswag(
     }
     return {
         "parameters": model.num_parameters(),
-        "n_items": n_items,
-        "rounds": rounds,
-        "device": device,
-        "dtype": dtype,
-        "threads": torch.get_num_threads(),
         "seconds": {name: _spread(times) for name, times in seconds.items()},
         "speedup": _spread([theirs / mine for theirs, mine in zip(fastest, ours, strict=True)]),
         "same_picks": {metric: not items for metric, items in different.items()},
         "different_picks": different,
     }
+
+
+def _take_turns(
+    scorers: dict[str, Callable[[], Picks]], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, Picks]]:
+    """Seconds of each scorer in each round, and its picks; a first round warms up and does not count."""
+    picks = {name: score() for name, score in scorers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in scorers}
+    for _ in range(rounds):
+        for name, score in scorers.items():
+            began = time.perf_counter()
+            score()
+            seconds[name].append(time.perf_counter() - began)
+    return seconds, picks
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

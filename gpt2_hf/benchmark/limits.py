@@ -24,22 +24,25 @@ def measure_limits(device: torch.device, seconds: float) -> dict[str, float]:
     return limits
 
 
-def fastest_gemm(limits: dict[str, float]) -> float:
-    """FLOP/s of the faster of the products that were measured."""
-    return max(value for name, value in limits.items() if name.startswith("gemm_"))
+def products(limits: dict[str, float]) -> dict[str, float]:
+    """FLOP/s of the matrix products that were measured, by precision."""
+    return {name.removeprefix("gemm_"): value for name, value in limits.items() if name.startswith("gemm_")}
 
 
 def floor_seconds(shape: Shape, limits: dict[str, float]) -> dict[str, float]:
-    """The least seconds of an optimizer step on unmodified GPT-2, by part.
+    """Seconds that an optimizer step on unmodified GPT-2 takes at the very least, by part.
 
     matrices: every weight matrix meets every token once forward and twice backward; attention: its two products over
     the causal half, likewise; optimizer: AdamW reads parameter, gradient and two moments and writes three of them, in
     fp32; softmax: the logits, in two bytes, are read and written once between the products that make and take them.
+
+    A floor, which no implementation need reach: attention is priced at the rate of one large matrix product, though
+    its own are small and wait for a softmax, and whatever else happens between the products costs nothing here.
     """
     c, tokens = shape.n_embd, shape.tokens
     head = shape.vocab_size * c
     blocks = 12 * c * c * shape.n_layer
-    gemm, copy = fastest_gemm(limits), limits["copy"]
+    gemm, copy = max(products(limits).values()), limits["copy"]
     return {
         "matrices": 6 * tokens * (head + blocks) / gemm,
         "attention": 6 * tokens * shape.n_layer * c * shape.seq_len / gemm,
@@ -57,8 +60,6 @@ def peak_of(device: torch.device, limits: dict[str, float], achieved: float) -> 
     if device.type == "cuda":
         peak, source = hardware.peak_flops(device, torch.bfloat16)
     else:
-        peak = fastest_gemm(limits)
-        source = (
-            f"measured {next(name for name in limits if limits[name] == peak).removeprefix('gemm_')} matrix product"
-        )
+        peak, precision = max((value, name) for name, value in products(limits).items())
+        source = f"measured {precision} matrix product"
     return (peak, source) if achieved <= peak else (achieved, f"the fastest variant, which beat the {source}")

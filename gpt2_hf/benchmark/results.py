@@ -15,9 +15,10 @@ import transformers
 
 from .. import hardware
 from ..training.metrics import flops_per_token
-from .limits import floor_seconds, peak_of
-from .race import RaceError, Result, Row
-from .variants import Shape, initial_model
+from .limits import floor_seconds, peak_of, products
+from .processes import RaceError
+from .race import CONTENDED, Result, Row
+from .variants import OURS, Shape, initial_model
 
 # First losses agree with those in fp32 within this, in nats: bf16 moves them by about 1e-4, a wrong label by far more.
 LOSS_TOLERANCE = 5e-3
@@ -29,7 +30,7 @@ def check(result: Result) -> str:
     Raises:
         RaceError: when they differ, because then the speeds mean nothing.
     """
-    ours = next(row for row in result.rows if row.variant.model == "ours")
+    ours = next(row for row in result.rows if row.is_ours)
     plain = [row for row in result.rows if row.variant.model == "stock" and not row.error and not row.variant.padded]
     if not plain:
         return "no stock GPT-2 ran, so our losses were not checked"
@@ -46,30 +47,9 @@ def summarize(result: Result, shape: Shape, device: torch.device) -> dict[str, A
     model = initial_model(shape)
     flops = flops_per_token(model.num_parameters(), model.config, shape.seq_len)
     ran = [row for row in result.rows if row.rounds]
-    peak, peak_source = peak_of(device, result.limits, flops * max(_median(row, shape) for row in ran))
+    peak, peak_source = peak_of(device, result.limits, flops * max(row.median_speed(shape) for row in ran))
+    best = _best_peer(ran, shape)
     floor = floor_seconds(shape, result.limits)
-    peers = [row for row in ran if row.variant.model != "ours"]
-    best = max((row for row in peers if not row.variant.allocator), key=lambda row: _median(row, shape), default=ran[0])
-    table = []
-    for row in ran:
-        speeds = row.tokens_per_sec(shape)
-        table.append(
-            {
-                "label": row.variant.label,
-                "tokens_per_sec": _median(row, shape),
-                "slowest": speeds[0],
-                "fastest": speeds[-1],
-                "ratio": row.ratio_to(best),
-                "mfu": _median(row, shape) * flops / peak,
-                "peak_memory_gb": row.peak_memory_gb,
-                "steps": len(speeds),
-                "contended": row.contended(),
-                "load": sum(row.loads) / len(row.loads),
-                "first_step_s": row.first_step_s,
-                "micro_batch_size": row.micro_batch_size,
-                "losses": row.losses,
-            }
-        )
     return {
         "date": date.today().isoformat(),
         "machine": hardware.describe(device),
@@ -84,7 +64,7 @@ def summarize(result: Result, shape: Shape, device: torch.device) -> dict[str, A
         "peak_source": peak_source,
         "best_peer": best.variant.label,
         "check": check(result),
-        "table": table,
+        "table": [_measured(row, best, shape, flops / peak) for row in ran],
         "failed": {row.variant.label: row.error for row in result.rows if row.error},
         "precision": hardware.default_precision(device),
         "limits": result.limits,
@@ -93,66 +73,96 @@ def summarize(result: Result, shape: Shape, device: torch.device) -> dict[str, A
     }
 
 
-def _median(row: Row, shape: Shape) -> float:
+def _best_peer(ran: list[Row], shape: Shape) -> Row:
+    """The fastest peer as its users run it, without our allocator; ours, where no peer ran."""
+    peers = [row for row in ran if not row.is_ours and not row.variant.allocator]
+    return max(peers, key=lambda row: row.median_speed(shape), default=ran[0])
+
+
+def _measured(row: Row, best: Row, shape: Shape, mfu_per_speed: float) -> dict[str, Any]:
     speeds = row.tokens_per_sec(shape)
-    return speeds[len(speeds) // 2]
+    return {
+        "label": row.variant.label,
+        "tokens_per_sec": row.median_speed(shape),
+        "slowest": speeds[0],
+        "fastest": speeds[-1],
+        "ratio": row.ratio_to(best),
+        "mfu": row.median_speed(shape) * mfu_per_speed,
+        "peak_memory_gb": row.peak_memory_gb,
+        "steps": len(speeds),
+        "contended": row.contended(),
+        "load": sum(row.loads) / len(row.loads),
+        "first_step_s": row.first_step_s,
+        "micro_batch_size": row.micro_batch_size,
+        "losses": row.losses,
+    }
 
 
 def as_text(found: dict[str, Any]) -> str:
     """A Markdown table and a few lines around it."""
+    lines = [_headline(found), "", *_table(found), "", *_speed_lines(found)]
+    if ours := next((row for row in found["table"] if row["label"] == OURS.label), None):
+        lines.append(_floor_line(found, ours["tokens_per_sec"]))
+    if found["breakdown_ms"]:
+        lines.append(f"Our step under the profiler, ms: {_listed(found['breakdown_ms'])}.")
+    return "\n".join([*lines, f"Check: {found['check']}.", ""])
+
+
+def _headline(found: dict[str, Any]) -> str:
     shape = found["shape"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    lines = [
+    return (
         f"{shape['parameters']:,} parameters ({shape['n_layer']} layers, {shape['n_embd']} wide), "
         f"{shape['micro_batch_size']} x {shape['seq_len']} tokens x {shape['grad_accum_steps']} a step; "
-        f"{found['date']}, {found['machine']}; {versions}",
-        "",
+        f"{found['date']}, {found['machine']}; {versions}"
+    )
+
+
+def _table(found: dict[str, Any]) -> list[str]:
+    lines = [
         "| variant | tokens/s, median | slowest to fastest step | to the best peer | MFU | peak memory | contended |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in found["table"]:
-        less = (
-            "" if row["micro_batch_size"] == shape["micro_batch_size"] else f" (micro-batch {row['micro_batch_size']})"
-        )
+        size = row["micro_batch_size"]
+        less = "" if size == found["shape"]["micro_batch_size"] else f" (micro-batch {size})"
         lines.append(
             f"| {row['label']}{less} | {row['tokens_per_sec']:,.0f} | {row['slowest']:,.0f} to {row['fastest']:,.0f} | "
             f"{row['ratio']:.2f} | {row['mfu']:.1%} | {row['peak_memory_gb']:.2f} GB | "
             f"{row['contended']} of {row['steps']} |"
         )
-    lines += [f"| {label} | failed: {error} | | | | | |" for label, error in found["failed"].items()]
-    limits, floor, parts = found["limits"], found["floor_ms"], found["breakdown_ms"]
-    lines += [
-        "",
+    return lines + [f"| {label} | failed: {error} | | | | | |" for label, error in found["failed"].items()]
+
+
+def _speed_lines(found: dict[str, Any]) -> list[str]:
+    best, limits = found["best_peer"], found["limits"]
+    gemms = "".join(f"{name} product {value / 1e12:.3g} TFLOP/s, " for name, value in products(limits).items())
+    lines = [
         f"MFU is (6 N + 12 L C T) x tokens/s over {found['peak_flops'] / 1e12:.3g} TFLOP/s ({found['peak_source']}). "
-        f"Contended: steps of over 1.25 times their variant's median. The best peer is {found['best_peer']}.",
-        "Limits, the best of each round: "
-        + "".join(
-            f"{name.removeprefix('gemm_')} product {value / 1e12:.3g} TFLOP/s, "
-            for name, value in limits.items()
-            if name.startswith("gemm_")
-        )
-        + f"copy {limits['copy'] / 1e9:.3g} GB/s.",
+        f"Contended: steps of over {CONTENDED} times their variant's median. "
+        + ("No peer ran." if best == OURS.label else f"The best peer is {best}."),
+        f"Limits, the best of each round: {gemms}copy {limits['copy'] / 1e9:.3g} GB/s.",
     ]
     if found["precision"] != "bf16":
         lines.append(f"No peer in bf16: this machine only emulates it. Ours trains in {found['precision']}.")
-    ours = next((row for row in found["table"] if row["label"] == "gpt2_hf"), None)
-    if ours:
-        tokens = shape["micro_batch_size"] * shape["seq_len"] * shape["grad_accum_steps"]
-        step, least = 1e3 * tokens / ours["tokens_per_sec"], sum(floor.values())
-        lines.append(
-            f"Floor of a step from these: {least:,.1f} ms ("
-            + ", ".join(f"{name} {ms:,.1f}" for name, ms in floor.items())
-            + f"); ours takes {step:,.1f} ms, "
-            + (
-                f"so {least / step:.0%} of it is unavoidable here."
-                if least <= step
-                else "so the limits were measured while the machine was busy, and say nothing."
-            )
-        )
-    if parts:
-        profiled = ", ".join(f"{name} {ms:,.1f}" for name, ms in parts.items())
-        lines.append(f"Our step under the profiler, ms: {profiled}.")
-    return "\n".join([*lines, f"Check: {found['check']}.", ""])
+    return lines
+
+
+def _floor_line(found: dict[str, Any], tokens_per_sec: float) -> str:
+    shape, floor = found["shape"], found["floor_ms"]
+    tokens = shape["micro_batch_size"] * shape["seq_len"] * shape["grad_accum_steps"]
+    step, least = 1e3 * tokens / tokens_per_sec, sum(floor.values())
+    meaning = (
+        f"so at least {least / step:.0%} of it is unavoidable here: a floor, with attention at the rate of matrix "
+        "products, normalisation and GELU for nothing"
+        if least <= step
+        else "so the limits were measured while the machine was busy, and say nothing"
+    )
+    return f"Floor of a step from these: {least:,.1f} ms ({_listed(floor)}); ours takes {step:,.1f} ms, {meaning}."
+
+
+def _listed(milliseconds: dict[str, float]) -> str:
+    return ", ".join(f"{name} {ms:,.1f}" for name, ms in milliseconds.items())
 
 
 def write(found: dict[str, Any], out: Path) -> list[Path]:
@@ -170,8 +180,7 @@ def write(found: dict[str, Any], out: Path) -> list[Path]:
 
 def draw(found: dict[str, Any], path: Path) -> None:
     """Bars of tokens per second, with each variant's spread and peak memory."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # without pyplot: no global state, no window system
 
     rows = found["table"][::-1]
     figure = Figure(figsize=(8, 0.9 + 0.42 * len(rows)), layout="constrained")
@@ -181,7 +190,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
         [row["tokens_per_sec"] - row["slowest"] for row in rows],
         [row["fastest"] - row["tokens_per_sec"] for row in rows],
     ]
-    colors = ["#2563a8" if row["label"] == "gpt2_hf" else "#b9c0c8" for row in rows]
+    colors = ["#2563a8" if row["label"] == OURS.label else "#b9c0c8" for row in rows]
     axes.barh(
         [row["label"] for row in rows], speeds, color=colors, xerr=spread, error_kw={"ecolor": "#5f6670", "lw": 1}
     )
@@ -200,4 +209,4 @@ def draw(found: dict[str, Any], path: Path) -> None:
         fontsize=9,
     )
     axes.spines[["top", "right"]].set_visible(False)
-    FigureCanvasAgg(figure).print_png(str(path))
+    figure.savefig(path)

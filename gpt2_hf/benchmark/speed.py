@@ -4,23 +4,30 @@ Every comparison runs its variants one after the other, several times over, so t
 figures are medians, ratios are taken within a round.
 """
 
+from __future__ import annotations
+
 import itertools
 import multiprocessing
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..corpus.inputs import find_files
 from ..corpus.prepare import PrepareConfig, prepare
-from ..corpus.read import ReadDocuments, Source, plan
+from ..corpus.read import Piece, ReadDocuments, Source, plan
 from ..corpus.write import WriteTokens
 from ..data.tokenizer import ASSETS, EOT, encode_document, load_tokenizer
+
+if TYPE_CHECKING:
+    from datatrove.data import Document
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
@@ -76,7 +83,7 @@ def show(title: str, size: float, seconds: dict[str, list[float]], base: str) ->
 
 def benchmark_encoding(texts: list[str], rounds: int) -> None:
     """Encoders on whole documents and on short ones; processor time of one thread, against the fastest tiktoken."""
-    size = sum(len(text.encode()) for text in texts) / 1e6
+    size = megabytes(texts)
     short = [text[i : i + 200] for text in texts for i in range(0, len(text), 200)]
     for title, given in (("encoding whole documents", texts), ("encoding pieces of 200 characters", short)):
         seconds = race({name: fresh(run, given) for name, run in encoders().items()}, rounds, time.process_time)
@@ -90,31 +97,29 @@ def benchmark_worker(source: Source, rounds: int, documents: int | None = None) 
     Processor time, all threads of the process: what the work costs, whoever else is using the machine.
     """
     _, source, tasks = plan(source)
-    texts = read_texts(source, documents)
-    size = sum(len(text.encode()) for text in texts) / 1e6
+    texts = [document.text for document in read_documents(source, tasks, documents)]
     raw = next(run for name, run in encoders().items() if "encode_to_numpy, its own" in name)
 
     with tempfile.TemporaryDirectory() as folder:
 
         def worker() -> None:
-            read = ReadDocuments(source, tasks)
-            found = itertools.chain.from_iterable(read(None, rank, len(tasks)) for rank in range(len(tasks)))
-            WriteTokens(folder, ())(itertools.islice(found, documents), 0, 1)
+            WriteTokens(folder, ())(read_documents(source, tasks, documents), 0, 1)
 
         variants = {"raw tiktoken": fresh(raw, texts), "one worker": lambda: worker}
         seconds = race(variants, rounds, time.process_time)
+    size = megabytes(texts)
     show(f"one worker, {len(texts):,} texts, {size:.1f} MB", size, seconds, "raw tiktoken")
 
 
 def benchmark_preparation(source: Source, rounds: int) -> None:
     """The whole preparation with one worker and with two, and the lecture's way with two processes; wall time."""
-    files = list(source.inputs)
-    size = sum(len(text.encode()) for text in read_texts(source)) / 1e6
+    size = megabytes(read_texts(source))
+    files = [str(path) for path in find_files(source.inputs)]
     with tempfile.TemporaryDirectory() as folder:
 
         def ours(workers: int) -> None:
             out = Path(folder, "ours")
-            prepare(PrepareConfig(tuple(files), out=str(out), workers=workers, val_fraction=0))
+            prepare(PrepareConfig(source.inputs, out=str(out), workers=workers, val_fraction=0))
             shutil.rmtree(out)
 
         def lecture() -> None:
@@ -128,15 +133,30 @@ def benchmark_preparation(source: Source, rounds: int) -> None:
             "lecture, two processes": lambda: lecture,
         }
         seconds = race(variants, rounds, time.perf_counter)
-    show(f"whole preparation of {', '.join(files)}, {size:.1f} MB of text, wall time", size, seconds, "one worker")
+    show(
+        f"whole preparation of {', '.join(source.inputs)}, {size:.1f} MB of text, wall time",
+        size,
+        seconds,
+        "one worker",
+    )
 
 
 def read_texts(source: Source, documents: int | None = None) -> list[str]:
     """The texts of a source, or its first documents."""
     _, source, tasks = plan(source)
+    return [document.text for document in read_documents(source, tasks, documents)]
+
+
+def read_documents(source: Source, tasks: list[list[Piece]], count: int | None = None) -> Iterator[Document]:
+    """The documents of a source as planned, or the first of them, in order."""
     read = ReadDocuments(source, tasks)
     found = itertools.chain.from_iterable(read(None, rank, len(tasks)) for rank in range(len(tasks)))
-    return [document.text for document in itertools.islice(found, documents)]
+    return itertools.islice(found, count)
+
+
+def megabytes(texts: Iterable[str]) -> float:
+    """Of their UTF-8."""
+    return sum(len(text.encode()) for text in texts) / 1e6
 
 
 def prepare_as_in_the_lecture(files: Iterable[str], out: Path, processes: int, shard_tokens: int = 10**8) -> None:

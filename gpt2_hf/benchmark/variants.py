@@ -6,6 +6,7 @@ can be compared.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import importlib.util
 import inspect
@@ -75,7 +76,7 @@ class Variant:
     """One row of the table.
 
     Args:
-        model: ours, stock (transformers.GPT2LMHeadModel), litgpt, or PATH:CLASS, a nanoGPT-style module of a file.
+        model: ours, stock (transformers.GPT2LMHeadModel), or PATH:CLASS, a nanoGPT-style module of a file.
         attention: of stock; the others have their own.
         padded: compute with a vocabulary of 50304, as nanoGPT does.
         fused: fused AdamW.
@@ -109,8 +110,6 @@ def variants(device: str, peers: Sequence[str], bf16: bool) -> list[Variant]:
     kind = "compile + bf16" if bf16 else "compile"
     fast = Variant(f"transformers {kind}", "stock", bf16=bf16, compile=True, tf32=True)
     best = [fast]
-    if importlib.util.find_spec("litgpt"):
-        best.append(replace(fast, label=f"litgpt {kind}", model="litgpt"))
     for peer in peers:
         name = f"{Path(peer.rpartition(':')[0]).stem} {kind}"
         best.append(replace(fast, label=name, model=peer, fused=device != "cpu"))
@@ -224,14 +223,7 @@ def _peer_model(variant: Variant, shape: Shape, seed: int) -> tuple[nn.Module, C
         options: Any = sizes | dropout | {"n_positions": shape.seq_len, "vocab_size": vocab_size, "use_cache": False}
         config = GPT2Config(**options)
         config._attn_implementation = variant.attention
-        model = GPT2LMHeadModel(config)
-        loss = _loss_of_stock
-    elif variant.model == "litgpt":
-        import litgpt
-
-        # It has no learned positions: GPT-NeoX's kind of model in GPT-2's size is the nearest.
-        model = litgpt.GPT(litgpt.Config.from_name("pythia-160m", block_size=shape.seq_len, **sizes))
-        loss = _loss_of_logits
+        model, loss = GPT2LMHeadModel(config), _loss_of_stock
     else:
         model = _nanogpt(variant.model, {**sizes, "block_size": shape.seq_len, "vocab_size": vocab_size})
         loss = _loss_of_nanogpt
@@ -242,11 +234,6 @@ def _peer_model(variant: Variant, shape: Shape, seed: int) -> tuple[nn.Module, C
 def _loss_of_stock(model: Any, windows: Tensor) -> Tensor:
     # The plain form gives T tokens T - 1 labels; this keyword, transformers' own, gives all variants the same labels.
     return model(windows[:, :-1], labels=windows[:, 1:], shift_labels=windows[:, 1:].contiguous()).loss
-
-
-def _loss_of_logits(model: Any, windows: Tensor) -> Tensor:
-    logits = model(windows[:, :-1])
-    return nn.functional.cross_entropy(logits.view(-1, logits.shape[-1]), windows[:, 1:].reshape(-1))
 
 
 def _loss_of_nanogpt(model: Any, windows: Tensor) -> Tensor:
@@ -291,6 +278,7 @@ def copy_weights(source: GPTForCausalLM, target: nn.Module) -> None:
             parameter[: len(value)].copy_(value)
 
 
+@functools.cache
 def read_tokens() -> np.ndarray:
     """The first of the packaged plays, by the packaged tokenizer: about 300,000 ids."""
     packed = (resources.files("gpt2_hf") / "assets" / "shakespeare.jsonl.gz").read_bytes()

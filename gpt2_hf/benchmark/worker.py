@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from queue import SimpleQueue
 from threading import Thread
@@ -34,20 +35,9 @@ WARM_UP_STEPS = 3
 
 def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not get between the answers
-    request = json.loads(sys.argv[1])
-    variant, shape = Variant(**request["variant"]), Shape(**request["shape"])
-    device = torch.device(request["device"])
-    answer: dict[str, Any]
     questions: SimpleQueue[str] = SimpleQueue()
     Thread(target=listen, args=(questions,), daemon=True).start()
-    try:
-        racer = Racer(variant, shape, device)
-        answer = racer.ready
-    except Exception as error:
-        answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    print(json.dumps(answer), file=answers, flush=True)
-    while line := questions.get():
-        answer = profile_step(racer.step_once, device) if line == "profile\n" else racer.run(float(line.split()[1]))
+    for answer in conversation(json.loads(sys.argv[1]), iter(questions.get, None)):
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -55,6 +45,20 @@ def listen(questions: SimpleQueue[str]) -> None:
     for line in sys.stdin:
         questions.put(line)
     os._exit(0)
+
+
+def conversation(request: dict[str, Any], questions: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """The answers, first the one to what was asked for; its error, if it cannot be made, is the only one."""
+    device = torch.device(request["device"])
+    try:
+        racer = Racer(Variant(**request["variant"]), Shape(**request["shape"]), device)
+    except Exception as error:
+        yield {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        return
+    yield racer.ready
+    for question in questions:
+        what, *seconds = question.split()
+        yield profile_step(racer.step_once, device) if what == "profile" else racer.run(float(seconds[0]))
 
 
 class Racer:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,11 @@ class Run:
     preset: str | None  # None when the model's shape is not one of OpenAI's
     corpus: str | None  # "fineweb" or "fineweb_edu", None for other data
 
+    @property
+    def tokens_seen(self) -> float:
+        """In all, up to the last row."""
+        return max(row["tokens_seen"] for row in self.rows if "tokens_seen" in row)
+
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens seen and values of one measurement, by tokens; where steps were made twice, the later row counts."""
         rows = [row for row in self.rows if "tokens_seen" in row and row.get(key) is not None]
@@ -72,37 +78,45 @@ class Run:
         return np.array(tokens, dtype=float), np.array([points[token] for token in tokens], dtype=float)
 
 
+def read_run(run_dir: str | Path) -> Run:
+    """Read RUN/metrics.jsonl and, where there is one, RUN/config.yaml. Raises ReportError when there are no rows."""
+    folder = Path(run_dir)
+    config = folder / "config.yaml"
+    settings = (yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None) or {}
+    return Run(
+        name=folder.resolve().name,
+        rows=_read_checked(folder / "metrics.jsonl"),
+        preset=_preset_of(settings.get("model") or {}),
+        corpus=_corpus_of(settings.get("data") or {}),
+    )
+
+
+def _read_checked(path: Path) -> list[dict[str, Any]]:
+    """Rows of which everything that is drawn is a number."""
+    rows = read_rows(path)
+    if not all(isinstance(row, dict) for row in rows):
+        raise ReportError(f"{path} has a line that is no row of a run: remove it")
+    if not any("tokens_seen" in row for row in rows):
+        raise ReportError(f"no rows in {path}: give the folder of a run that has trained a step")
+    for row in rows:
+        values = [row[key] for key in DRAWN if row.get(key) is not None]
+        if not all(map(_is_number, values)) or row.get("tokens_seen", 0) is None:
+            raise ReportError(f"{path} has a row that no run writes, of step {row.get('step')!r:.50}")
+    return rows
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
-def read_run(run_dir: str | Path) -> Run:
-    """Read RUN/metrics.jsonl and, where there is one, RUN/config.yaml. Raises ReportError when there are no rows."""
-    folder = Path(run_dir)
-    rows = read_rows(folder / "metrics.jsonl")
-    if not all(isinstance(row, dict) for row in rows):
-        raise ReportError(f"{folder / 'metrics.jsonl'} has a line that is no row of a run: remove it")
-    if not any("tokens_seen" in row for row in rows):
-        raise ReportError(f"no rows in {folder / 'metrics.jsonl'}: give the folder of a run that has trained a step")
-    for row in rows:
-        if not all(value is None or _is_number(value) for key, value in row.items() if key in DRAWN) or (
-            row.get("tokens_seen", 0) is None
-        ):
-            raise ReportError(
-                f"{folder / 'metrics.jsonl'} has a row that no run writes, of step {row.get('step')!r:.50}"
-            )
-    config = folder / "config.yaml"
-    settings = (yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None) or {}
-    model, data = settings.get("model") or {}, settings.get("data") or {}
+def _preset_of(model: dict[str, Any]) -> str | None:
     shape = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-    is_preset = all(model.get(name) is None for name in shape)
+    return model.get("preset") if all(model.get(name) is None for name in shape) else None
+
+
+def _corpus_of(data: dict[str, Any]) -> str | None:
     path = str(data.get("path", "")).lower().replace("-", "_")
-    return Run(
-        name=folder.resolve().name,
-        rows=rows,
-        preset=model.get("preset") if is_preset else None,
-        corpus="fineweb_edu" if "fineweb_edu" in path else "fineweb" if "fineweb" in path else None,
-    )
+    return next((name for name in ("fineweb_edu", "fineweb") if name in path), None)
 
 
 def show_run(run_dir: str | Path) -> None:
@@ -127,8 +141,8 @@ def plot_runs(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
 
     Raises as `plot_curves`, and ReportError for an ending that matplotlib cannot write.
     """
-    figure = build_figure([read_run(run_dir) for run_dir in run_dirs])
-    path = Path(out)
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    figure, path = build_figure(runs), Path(out)
     formats = figure.canvas.get_supported_filetypes().keys() - {"pgf"}  # which asks for LaTeX
     if path.suffix[1:].lower() not in formats:
         endings = ", ".join(f".{name}" for name in sorted(formats))
@@ -146,30 +160,22 @@ def build_figure(runs: Sequence[Run]) -> Figure:
     except ImportError:
         raise ImportError("drawing curves needs matplotlib: pip install matplotlib") from None
 
-    panels = [
-        (draw, height)
-        for draw, height, keys in (
-            (_draw_loss, 3.6, ("train_loss", "val_loss")),
-            (_draw_hellaswag, 2.9, ("hellaswag_lecture_acc", "hellaswag_acc_norm")),
-            (_draw_lr, 1.6, ("lr",)),
-        )
-        if any(len(run.series(key)[0]) for run in runs for key in keys)
-    ]
+    panels = [panel for panel in PANELS if any(len(run.series(key)[0]) for run in runs for key in panel.keys)]
     if not panels:
         raise ReportError(f"nothing to draw in {', '.join(run.name for run in runs)}: no loss, HellaSwag or lr rows")
-    heights = [height for _, height in panels]
+    heights = [panel.height for panel in panels]
     layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.12, hspace=0.04)
     figure = Figure(figsize=(9, sum(heights) + 0.7 * len(panels)), layout=layout)
     figure.suptitle(_title(runs), fontsize=13, fontweight="bold")
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    furthest = max(row["tokens_seen"] for run in runs for row in run.rows if "tokens_seen" in row)
-    for axis, (draw, _) in zip(axes, panels, strict=True):
+    for axis, panel in zip(axes, panels, strict=True):
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.set_axisbelow(True)
         axis.tick_params(labelsize=9)
-        draw(axis, runs)
+        panel.draw(axis, runs)
         _legend(axis)
+    furthest = max(run.tokens_seen for run in runs)
     margin = 0.015 * furthest or 1
     axes[0].set_xlim(-margin, furthest + margin)
     if not furthest:
@@ -216,15 +222,13 @@ def _title(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         return f"{len(runs)} runs"
     (run,) = runs
-    tokens = max(row["tokens_seen"] for row in run.rows if "tokens_seen" in row)
     size = f"GPT-2 {SIZES[run.preset]}, " if run.preset in SIZES else ""
-    return f"{run.name}: {size}{format_tokens(float(f'{tokens:.3g}'))} tokens"
+    return f"{run.name}: {size}{format_tokens(float(f'{run.tokens_seen:.3g}'))} tokens"
 
 
 def _draw_loss(axis: Axes, runs: Sequence[Run]) -> None:
     alone = len(runs) == 1
-    finite, broken = [], []
-    for run, color in zip(runs, _cycle(runs), strict=True):
+    for run, color in _colored(runs):
         tokens, loss = run.series("train_loss")
         if len(tokens):
             axis.plot(tokens, loss, color=color, alpha=0.22, linewidth=0.8)
@@ -236,48 +240,59 @@ def _draw_loss(axis: Axes, runs: Sequence[Run]) -> None:
             val_label = "validation" if alone else None if len(tokens) else run.name
             points = _points(val_tokens, alone)
             axis.plot(val_tokens, val_loss, line, color=color, linewidth=1.4, label=val_label, **points)
-        for at, values in ((tokens, loss), (val_tokens, val_loss)):
-            finite.append(values[np.isfinite(values)])
-            broken.append(at[~np.isfinite(values)])
-    marks = {
+    marks = _loss_marks(runs)
+    _draw_marks(axis, marks, "{:.4f}")
+    series = [run.series(key) for run in runs for key in ("train_loss", "val_loss")]
+    tokens, losses = (np.concatenate(parts) for parts in zip(*series, strict=True))
+    finite = np.isfinite(losses)
+    if finite.any():
+        axis.set_ylim(*_loss_limits(losses[finite], marks))
+    if not finite.all():
+        _draw_not_finite(axis, tokens[~finite])
+    axis.set_ylabel("loss (nats per token)" if alone else "loss (dashed: validation)")
+
+
+def _loss_marks(runs: Sequence[Run]) -> dict[str, float]:
+    """OpenAI's weights of the runs' sizes on the runs' corpus: a loss on another corpus says nothing."""
+    if len({run.corpus for run in runs}) > 1:
+        return {}
+    return {
         f"GPT-2 {SIZES[run.preset]}": VAL_LOSS_MARKS[run.preset][run.corpus]
         for run in runs
         if run.preset in VAL_LOSS_MARKS and run.corpus in VAL_LOSS_MARKS[run.preset]
     }
-    if len({run.corpus for run in runs}) > 1:
-        marks = {}  # a loss on one corpus says nothing about a run on another
-    _draw_marks(axis, marks, "{:.4f}")
-    values = np.concatenate(finite)
-    if len(values):
-        # The first steps fall from 11: shown whole they would flatten everything that comes later.
-        top = np.quantile(values, 0.98) if len(values) > 100 else values.max()
-        bottom = min([values.min(), *marks.values()])
-        margin = 0.05 * (top - bottom) or 0.1
-        axis.set_ylim(bottom - margin, top + margin)
-    at = np.concatenate(broken)
-    if len(at):
-        label = f"not finite ({len(at)} row{'s' if len(at) > 1 else ''})"
-        axis.plot(at, np.full(len(at), 0.02), "x", transform=axis.get_xaxis_transform(), color=ERROR_COLOR, label=label)
-    axis.set_ylabel("loss (nats per token)" if alone else "loss (dashed: validation)")
+
+
+def _loss_limits(losses: np.ndarray, marks: dict[str, float]) -> tuple[float, float]:
+    # The first steps fall from 11: shown whole they would flatten everything that comes later.
+    top = np.quantile(losses, 0.98) if len(losses) > 100 else losses.max()
+    bottom = min([losses.min(), *marks.values()])
+    margin = 0.05 * (top - bottom) or 0.1
+    return bottom - margin, top + margin
+
+
+def _draw_not_finite(axis: Axes, tokens: np.ndarray) -> None:
+    label = f"not finite ({len(tokens)} row{'s' if len(tokens) > 1 else ''})"
+    low = np.full(len(tokens), 0.02)  # of the panel's height
+    axis.plot(tokens, low, "x", transform=axis.get_xaxis_transform(), color=ERROR_COLOR, label=label)
 
 
 def _draw_hellaswag(axis: Axes, runs: Sequence[Run]) -> None:
     alone = len(runs) == 1
     sizes = set()
-    for run, color in zip(runs, _cycle(runs), strict=True):
-        tokens, accuracy = run.series("hellaswag_lecture_acc")
+    for run, color in _colored(runs):
         items = run.series("hellaswag_items")[1]
         n_items = int(items[-1]) if len(items) else HELLASWAG_ITEMS
+        tokens, accuracy = run.series("hellaswag_lecture_acc")
         if len(tokens):
             sizes.add(n_items)
             label = "the lecture's way" if alone else run.name
             axis.plot(tokens, accuracy, color=color, linewidth=1.4, label=label, **_points(tokens, alone))
         if len(tokens) > 1 and n_items < HELLASWAG_ITEMS:
             error = np.sqrt(accuracy * (1 - accuracy) / n_items)
-            name = "± 1 standard error" if alone else None
-            axis.fill_between(
-                tokens, accuracy - error, accuracy + error, color=color, alpha=0.15, linewidth=0, label=name
-            )
+            band = accuracy - error, accuracy + error
+            band_label = "± 1 standard error" if alone else None
+            axis.fill_between(tokens, *band, color=color, alpha=0.15, linewidth=0, label=band_label)
         tokens, accuracy = run.series("hellaswag_acc_norm")
         if len(tokens) and alone:
             sizes.add(n_items)
@@ -292,12 +307,28 @@ def _draw_hellaswag(axis: Axes, runs: Sequence[Run]) -> None:
 
 
 def _draw_lr(axis: Axes, runs: Sequence[Run]) -> None:
-    for run, color in zip(runs, _cycle(runs), strict=True):
+    for run, color in _colored(runs):
         tokens, lr = run.series("lr")
         axis.plot(tokens, lr, color=color, linewidth=1.4, **_points(tokens, len(runs) == 1))
     axis.set_ylim(bottom=0)
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     axis.set_ylabel("learning rate")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A kind of measurement: drawn when any run has one of its keys."""
+
+    keys: tuple[str, ...]
+    height: float  # in inches
+    draw: Callable[[Axes, Sequence[Run]], None]
+
+
+PANELS = (
+    Panel(("train_loss", "val_loss"), 3.6, _draw_loss),
+    Panel(("hellaswag_lecture_acc", "hellaswag_acc_norm"), 2.9, _draw_hellaswag),
+    Panel(("lr",), 1.6, _draw_lr),
+)
 
 
 def _draw_marks(axis: Axes, marks: dict[str, float], value_format: str) -> None:
@@ -339,17 +370,17 @@ def _points(tokens: np.ndarray, alone: bool) -> dict[str, Any]:
     return {"marker": "o", "markersize": 3.5} if len(tokens) <= (50 if alone else 1) else {}
 
 
-def _cycle(runs: Sequence[Run]) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(len(runs))]
+def _colored(runs: Sequence[Run]) -> Iterator[tuple[Run, str]]:
+    return zip(runs, cycle(COLORS), strict=False)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Mean over a window of about a fiftieth of the curve, centred; values that are not finite are left out of it."""
-    finite = np.isfinite(values)
-    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    count = np.concatenate([[0], np.cumsum(finite)])
-    at = np.arange(len(values))
-    reach = np.minimum(math.ceil(len(values) / 100), at)  # narrower where the loss falls steeply, at the start
-    first, last = at - reach, np.minimum(at + reach + 1, len(values))
-    with np.errstate(invalid="ignore"):
-        return np.where(finite, (total[last] - total[first]) / (count[last] - count[first]), np.nan)
+    widest = math.ceil(len(values) / 100)
+    smooth = np.full(len(values), np.nan)
+    for at, value in enumerate(values):
+        if np.isfinite(value):
+            reach = min(widest, at)  # narrower where the loss falls steeply, at the start
+            window = values[at - reach : at + reach + 1]
+            smooth[at] = window[np.isfinite(window)].mean()
+    return smooth

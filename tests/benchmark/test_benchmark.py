@@ -3,11 +3,12 @@
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,17 +17,22 @@ import torch
 from accelerate.state import AcceleratorState
 
 from gpt2_hf import hardware
-from gpt2_hf.benchmark import results, run, variants
+from gpt2_hf.benchmark import processes, results, run, speed, variants
 from gpt2_hf.benchmark.breakdown import profile_step
 from gpt2_hf.benchmark.limits import floor_seconds, measure_limits
-from gpt2_hf.benchmark.race import RaceError, Result, Row, race
+from gpt2_hf.benchmark.processes import RaceError
+from gpt2_hf.benchmark.race import Result, Row, race
 from gpt2_hf.benchmark.variants import OURS, Shape, Variant, build, read_batches
+from gpt2_hf.benchmark.worker import conversation
+from gpt2_hf.cli import parse_cli
+from gpt2_hf.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 TINY = Shape(n_layer=2, n_embd=32, n_head=2, seq_len=64, micro_batch_size=2, grad_accum_steps=2, vocab_size=307)
 PLAIN_OURS = replace(OURS, compile=False, bf16=False)
 STOCK = Variant("transformers fp32", "stock")
+LOST = Variant("lost", "none.py:GPT")
 
 # A model in nanoGPT's form: its names, nn.Linear's [out, in] weights, forward(tokens, targets) -> (logits, loss).
 NANO = """
@@ -88,10 +94,46 @@ class Small(nn.Module):
 """
 
 
+# What a worker says, without training: that a variant is lost, or times that grow by turns; of threads that do not
+# sleep twice as long ones.
+STAND_IN = """
+import json, os, sys
+if json.loads(sys.argv[1])["variant"]["label"] == "lost":
+    print(json.dumps({"error": "ValueError: no file"}))
+    sys.exit()
+print(json.dumps({"losses": [5.0, 4.0, 3.0], "micro_batch_size": 2}), flush=True)
+slow = {"passive": 1, None: 2}[os.environ.get("OMP_WAIT_POLICY")]
+for turn, question in enumerate(sys.stdin, 1):
+    times = {"seconds": [slow * turn] * 2, "load": 1.0, "peak_memory_gb": 1.0}
+    print(json.dumps({"matrices": 7.0} if question.strip() == "profile" else times), flush=True)
+"""
+
+
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path, capsys):
+    """A function that runs scripts/benchmark.py in an empty folder, on a tiny model without a compiler."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hardware, "compile_obstacle", lambda device: "switched off")
+    monkeypatch.setattr(variants, "shape_of", lambda name, device: replace(TINY, vocab_size=50257))
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device=cpu", "--rounds=1", *arguments])
+        runpy.run_path(str(ROOT / "scripts" / "benchmark.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return main
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    monkeypatch.setattr(processes, "WORKER", ("-c", STAND_IN))
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
 
 
 def test_every_variant_trains_the_same_model_alike(tmp_path):
@@ -111,26 +153,45 @@ def test_padded_vocabulary_changes_little():
     assert 0 < losses[1] - losses[0] < 0.3  # 384 instead of 307 columns, which the softmax counts
 
 
-def test_race_of_processes(tmp_path):
-    lost = Variant("lost", f"{tmp_path}/none.py:GPT")
-    result = race([PLAIN_OURS, STOCK, lost], TINY, CPU, rounds=2, seconds=0.05, logs=tmp_path / "logs")
-    found = results.summarize(result, TINY, CPU)
-    results.write(found, tmp_path)
+def test_steps(benchmark, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "variants", lambda *_: [PLAIN_OURS, STOCK])
+    printed = benchmark("--rounds=2", "--seconds=0.05", "--grad_accum_steps=3", "--out=results")
+    found = json.loads((tmp_path / "results" / "benchmark.json").read_text())
     assert [row["label"] for row in found["table"]] == ["gpt2_hf", "transformers fp32"]
     for row in found["table"]:
         assert 0 < row["slowest"] <= row["tokens_per_sec"] <= row["fastest"] and row["peak_memory_gb"] > 0.1
         assert row["steps"] >= 4
-    assert found["table"][1]["ratio"] == 1 and "no file" in found["failed"]["lost"]
+    assert found["table"][1]["ratio"] == 1 and found["shape"]["grad_accum_steps"] == 3
     assert sum(found["breakdown_ms"].values()) > 0
-    assert json.loads((tmp_path / "benchmark.json").read_text()) == found
-    table = (tmp_path / "benchmark.md").read_text()
-    assert "| lost | failed: ValueError: --peer" in table and "largest difference of our first 3 losses" in table
-    assert (tmp_path / "benchmark.png").stat().st_size > 1000
+    text = (tmp_path / "results" / "benchmark.md").read_text()
+    assert text in printed and "2 x 64 tokens x 3 a step" in text
+    assert "largest difference of our first 3 losses" in text
+    assert (tmp_path / "results" / "benchmark.png").stat().st_size > 1000
 
 
-def test_our_own_failure_ends_the_race(tmp_path):
-    with pytest.raises(RaceError, match="our own step fails"):
-        race([PLAIN_OURS], replace(TINY, n_head=5), CPU, 1, 0.1, tmp_path)
+def test_a_peer_that_cannot_run_has_its_error_in_its_row(stand_in, monkeypatch, tmp_path):
+    monkeypatch.setattr("gpt2_hf.benchmark.race.measure_limits", lambda *_: {"gemm_fp32": 1e9, "copy": 1e9})
+    result = race([PLAIN_OURS, LOST], TINY, CPU, rounds=2, seconds=1, logs=tmp_path)
+    assert [row.rounds for row in result.rows] == [[[2, 2], [4, 4]], []]
+    assert result.breakdown == {"matrices": 7}
+    text = results.as_text(results.summarize(result, TINY, CPU))
+    assert "| lost | failed: ValueError: no file |" in text and "No peer ran." in text
+    request = {"variant": asdict(LOST), "shape": asdict(TINY), "device": "cpu"}
+    (answer,) = conversation(request, [])
+    assert answer["error"].startswith("ValueError: --peer none.py:GPT: no file 'none.py'")
+
+
+@pytest.mark.parametrize(
+    ("worker", "words"),
+    [
+        ("""print('{"error": "no memory"}')""", "our own step fails: no memory"),
+        ("raise SystemExit('no such GPU')", r"a process ended with 1, see .*gpt2_hf\.log: no such GPU"),
+    ],
+)
+def test_our_own_failure_ends_the_race(tmp_path, monkeypatch, worker, words):
+    monkeypatch.setattr(processes, "WORKER", ("-c", worker))
+    with pytest.raises(RaceError, match=words):
+        race([PLAIN_OURS], TINY, CPU, 1, 0.1, tmp_path)
 
 
 def row(variant, rounds, losses=(5.0, 4.0, 3.0)):
@@ -153,6 +214,13 @@ def test_arithmetic():
     flops = 6 * found["shape"]["parameters"] + 12 * 2 * 32 * 64
     assert found["table"][0]["mfu"] == pytest.approx(256 / 0.5 * flops / 2e9)
     assert found["best_peer"] == "transformers fp32"
+    text = results.as_text(found)
+    assert "The best peer is transformers fp32." in text
+    least = 1e3 * sum(floor.values())
+    assert f"Floor of a step from these: {least:,.1f} ms (matrices " in text
+    assert (
+        f"ours takes 500.0 ms, so at least {least / 500:.0%} of it is unavoidable here: a floor, with attention" in text
+    )
 
 
 @pytest.mark.parametrize("has_bf16", [True, False])
@@ -201,45 +269,132 @@ def test_profile_finds_the_parts():
         assert parts[name] > 0, name
 
 
-def test_share_of_the_loop(monkeypatch):
-    monkeypatch.setattr(hardware, "compile_obstacle", lambda device: "switched off")
-    assert "of the loop's time is computing" in run.race_loop(replace(TINY, vocab_size=50257), CPU, 1)
+def test_share_of_the_loop(benchmark):
+    assert "1,024 tokens a step (8 accumulated)" in (printed := benchmark("--what=loop"))
+    assert "of the loop's time is computing" in printed
 
 
-def test_beside_other_programs(tmp_path):
-    text = run.race_busy(TINY, CPU, 1, 0.05, tmp_path, variant=PLAIN_OURS)
-    n_cpus = hardware.usable_cpus()
-    assert f"| {n_cpus} counting | 50% |" in text and f"| 1 counting | {n_cpus / (n_cpus + 1):.0%} |" in text
-    assert len(re.findall(r"\d+%", text)) == 3 * len({1, n_cpus})
+def test_beside_other_programs(benchmark, stand_in, monkeypatch):
+    monkeypatch.setattr(hardware, "usable_cpus", lambda: 2)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # which is not OpenMP's default
+    assert benchmark("--what=busy", "--grad_accum_steps=2").splitlines() == [
+        "2 CPUs, 1 rounds",
+        "| beside | fair share | threads that sleep | OpenMP's default |",
+        "|---|---|---|---|",
+        "| nothing, tokens/s |  | 256 | 128 |",
+        "| 1 counting | 67% | 50% | 50% |",
+        "| 2 counting | 50% | 33% | 33% |",
+    ]
 
 
-@pytest.mark.parametrize(
-    "start",
-    [
-        f"Worker(Variant('stuck', 'stuck.py:GPT'), {TINY!r}, torch.device('cpu'), Path('logs'))._process",
-        "subprocess.Popen([*WITH_US, 'stuck.py'], stdin=subprocess.PIPE)",
-    ],
-)
-def test_a_killed_benchmark_leaves_no_process(tmp_path, start):
-    """Not even one that would never have ended, and never asks whether it should."""
-    (tmp_path / "stuck.py").write_text("while True:\n    pass\n")
-    code = f"""
-import os, signal, subprocess, torch
+def test_start(benchmark, monkeypatch, tmp_path):
+    """The demo's command, given to a pretrain.py that only keeps what it was told."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "pretrain.py").write_text("""
+import json, sys, time
 from pathlib import Path
-from gpt2_hf.benchmark.race import Worker
-from gpt2_hf.benchmark.run import WITH_US
-from gpt2_hf.benchmark.variants import Shape, Variant
-print(({start}).pid, flush=True)
+Path("arguments.json").write_text(json.dumps(sys.argv[1:]))
+run = Path(sys.argv[sys.argv.index("--train.run_dir") + 1])
+run.mkdir()
+(run / "metrics.jsonl").write_text('{"val_loss": 4}\\n{"train_loss": 4}\\n')
+time.sleep(600)
+""")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    first, second = benchmark("--what=start").splitlines()
+    assert first.startswith("demo, nothing compiled before: first step after ")
+    assert second.startswith("demo, compiled before: first step after ")
+    monkeypatch.chdir(ROOT)
+    config = parse_cli(RunConfig, json.loads((tmp_path / "arguments.json").read_text()))
+    assert config.train.log_every == 1 and config.train.run_dir.endswith("compiled_before")
+
+
+def test_a_start_that_fails_says_why(monkeypatch, tmp_path):
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "pretrain.py").write_text("raise SystemExit('error: no disk')")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    with pytest.raises(RaceError, match=r"pretrain\.py ended: error: no disk"):
+        run.race_start(1)
+
+
+@pytest.mark.parametrize(("seeds", "noise"), [(1, r"unknown of one"), (2, r"\d\.\d{4}")])
+def test_curves(benchmark, monkeypatch, seeds, noise):
+    monkeypatch.setattr(run, "CURVE_SHAPE", TINY)
+    monkeypatch.setattr(run, "CURVE_STEPS", 4)
+    monkeypatch.setattr(run, "CURVE_END", 2)
+    found = re.search(
+        r"mean loss of the last 2 of 4 steps, ours and plain fp32, by seed: (.*)\n"
+        rf"ours - plain: [+-]0\.00\d\d \(by seed .*\); standard deviation between seeds: {noise}\n",
+        benchmark("--what=curve", f"--rounds={seeds}"),
+    )
+    assert found and len(json.loads(found[1])) == seeds
+
+
+def test_scoring(benchmark):
+    printed = benchmark("--what=hellaswag", "--hellaswag_items=3")
+    assert "HellaSwag, 3 items, 1,635,744 parameters, float32, seconds:" in printed
+    for name in ("gpt2_hf", "lm_eval, batch 1", "lm_eval, batch 8", "lm_eval, batch 32"):
+        assert f"\n{name}: " in printed
+    assert "\nacc: the same picks\nacc_norm: the same picks\n" in printed
+
+
+def test_data(monkeypatch, tmp_path, capsys):
+    """The lecture's way reads files, whatever was named; the preparations themselves stand elsewhere."""
+    for name in ("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # to be put back
+    (tmp_path / "texts.jsonl").write_text('{"text": "To be"}\n{"text": "or not"}\n')
+    given = []
+
+    def lecture(files, out, processes):
+        given.extend(files)
+        out.mkdir()
+
+    monkeypatch.setattr(speed, "prepare", lambda config: Path(config.out).mkdir())
+    monkeypatch.setattr(speed, "prepare_as_in_the_lecture", lecture)
+    monkeypatch.setattr(sys, "argv", ["benchmark_data.py", str(tmp_path), "--rounds=1"])
+    runpy.run_path(str(ROOT / "scripts" / "benchmark_data.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert set(given) == {str(tmp_path / "texts.jsonl")}
+    for title in ("encoding whole documents: 2 texts", "one worker, 2 texts", f"whole preparation of {tmp_path}"):
+        assert f"\n{title}" in printed
+    assert printed.count("100.0% (100.0% to 100.0%)") >= 4  # each table's base
+
+
+def test_a_killed_benchmark_leaves_no_process(tmp_path):
+    """Not even one that would never have ended, and never asks whether it should."""
+    (tmp_path / "stuck.py").write_text("open('is_stuck', 'w').close()\nwhile True:\n    pass\n")
+    code = f"""
+import os, signal, time
+from dataclasses import make_dataclass
+from pathlib import Path
+from gpt2_hf.benchmark.processes import Worker, program_with_us
+def fields(**values):
+    return make_dataclass("Fields", values)(**values)
+variant, shape = fields(label="stuck", model="stuck.py:GPT"), fields(**{asdict(TINY)!r})
+worker = Worker(variant, shape, "cpu", Path("logs"))
+other = program_with_us("while True: pass")
+Path("pids").write_text(f"{{worker._process.pid}} {{other.__enter__().pid}}")
+while not Path("is_stuck").exists() and worker._process.poll() is None:
+    time.sleep(0.02)
 os.kill(os.getpid(), signal.SIGKILL)
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
-    assert killed.returncode == -signal.SIGKILL
-    child = Path(f"/proc/{int(killed.stdout)}/stat")
-    end = time.monotonic() + 120
-    while child.exists() and child.read_text().split()[2] != "Z" and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not child.exists() or child.read_text().split()[2] == "Z"  # ended; nobody may be there to reap it
+    killed = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    assert killed.returncode == -signal.SIGKILL and (tmp_path / "is_stuck").exists()
+    statuses = [Path(f"/proc/{pid}/stat") for pid in (tmp_path / "pids").read_text().split()]
+    end = time.monotonic() + 60
+    while any(map(runs, statuses)) and time.monotonic() < end:
+        time.sleep(0.02)
+    left = [int(status.parent.name) for status in statuses if runs(status)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def runs(status: Path) -> bool:
+    try:
+        return status.read_text().split()[2] != "Z"  # ended; nobody may be there to reap it
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -249,18 +404,3 @@ def test_ladder_adds_one_thing_a_step(device):
     for before, after in pairwise(steps[:-1]):
         assert sum(getattr(before, name) != getattr(after, name) for name in vars(after) if name != "label") == 1
     assert steps[-1] == OURS
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--shape", "345M"], "345M"),
-        (["--rounds", "many"], "--rounds"),
-        (["--nosuch"], "--nosuch"),
-        (["--peer", "nothing.py:GPT", "--device", "nosuch"], "cannot be used"),
-    ],
-)
-def test_a_mistake_is_one_line(arguments, words):
-    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *arguments]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert found.returncode == 2 and words in found.stderr and len(found.stderr.splitlines()) == 1
