@@ -591,7 +591,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch, capsys):
 
 DRIVER = """
 import sys
-from gpt2_hf.data import read
+from gpt2_hf.corpus import read
 from gpt2_hf.corpus.prepare import PrepareConfig, prepare
 read.TASK_BYTES = 40_000
 if __name__ == "__main__":

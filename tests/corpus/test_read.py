@@ -226,7 +226,7 @@ def test_a_long_unbroken_text_is_one_document_lost(tmp_path: Path, monkeypatch):
 
 PEAK = """
 import re, sys
-from gpt2_hf.data import read as reading
+from gpt2_hf.corpus import read as reading
 _, settled, tasks = reading.plan(reading.Source((sys.argv[1],)))
 found = [d.metadata.get("skipped") or len(d.text) for d in reading.ReadDocuments(settled, tasks)(None, 0, 1)]
 # Not ru_maxrss, in which the process that started this one is counted.
