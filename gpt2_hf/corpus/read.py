@@ -6,7 +6,6 @@ their share of its lines: to unpack text is 20 to 100 times faster than to token
 """
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..knobs import Filled, Knobs, PathName
-from ..program import UserError, end_with_parent
+from ..program import UserError
 from .inputs import COMPRESSED, describe, find_files, text_format, walk
 from .json_text import LINE_BYTES, STRIPE_BYTES, Row, hint, is_lines, read_lines, read_values
 from .opening import BOM, LOOK_BYTES, PARQUET, READ_ERRORS, Damaged, is_utf8, look, open_text, packing
@@ -184,30 +183,11 @@ class ReadDocuments:
 
     source: Source
     tasks: list[list[Piece]] = field(repr=False)  # datatrove logs every step's repr, for every task
-    running: str | None = None  # folder in which a file marks a task that a process is at work on
 
     def __call__(self, data: Any, rank: int, world_size: int) -> "Iterator[Document]":
-        with self._marked(rank):
-            yield from self._documents(self.tasks[rank])
-
-    @contextlib.contextmanager
-    def _marked(self, rank: int) -> Iterator[None]:
-        if self.running is None:
-            yield
-            return
-        # Between tasks no marker tells of a worker, and its pool would wait for ever for the server that forked it.
-        end_with_parent(lambda command: any("forkserver" in word for word in command))
-        marker = Path(self.running, f"{rank}.{os.getpid()}")
-        marker.touch()
-        try:
-            yield
-        finally:
-            marker.unlink(missing_ok=True)
-
-    def _documents(self, pieces: list[Piece]) -> "Iterator[Document]":
         from datatrove.data import Document
 
-        for number, piece in enumerate(pieces):
+        for number, piece in enumerate(self.tasks[rank]):
             for row, place in self.rows(piece):
                 place |= {"file": piece.path, "piece": number}
                 text = None
