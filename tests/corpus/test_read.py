@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gpt2_hf.corpus import json_text
+from gpt2_hf.corpus import json_text, plain_text
 from gpt2_hf.corpus import read as reading
 from gpt2_hf.corpus.read import Source
 from gpt2_hf.program import UserError
@@ -213,8 +213,8 @@ def test_what_is_no_text_stops_at_once(tmp_path: Path, name: str, content: bytes
 
 
 def test_a_long_unbroken_text_is_one_document_lost(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(reading, "TXT_BYTES", 1000)
-    monkeypatch.setattr(reading, "LINE_BYTES", 3000)
+    monkeypatch.setattr(plain_text, "TXT_BYTES", 1000)
+    monkeypatch.setattr(plain_text, "LINE_BYTES", 3000)
     body = b"first\n" * 200 + b"x" * 20_000 + b"\n" + b"last\n" * 200
     (tmp_path / "docs.txt").write_bytes(body)
     (tmp_path / "docs.txt.gz").write_bytes(gzip.compress(body))
