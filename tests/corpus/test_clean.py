@@ -24,7 +24,6 @@ from gpt2_hf.evaluation.hellaswag import hellaswag_texts, load_hellaswag
 
 NEEDS = "preparation's packages (the extra 'data') are not installed, as on a machine that only trains"
 Document = pytest.importorskip("datatrove.data", reason=NEEDS).Document
-LocalPipelineExecutor = pytest.importorskip("datatrove.executor.local", reason=NEEDS).LocalPipelineExecutor
 simplify_text = pytest.importorskip("datatrove.utils.text", reason=NEEDS).simplify_text
 xxhash = pytest.importorskip("xxhash", reason=NEEDS)
 
@@ -242,7 +241,7 @@ def test_the_first_of_a_chain_stays_whatever_the_order_of_the_pairs(tmp_path):
     """Of documents that are alike only by way of others, and of exact copies among them, the first one stays."""
     words = Words(3)(400)
     chain = [" ".join(words[shift : shift + 300]) for shift in range(0, 60, 6)]
-    for seed in range(4):
+    for seed in range(2):
         order = random.Random(seed).sample(chain, len(chain))
         found = find_duplicates([*passages(3, 100), *order, *order], tmp_path / str(seed), tasks=2)
         assert found == dict.fromkeys(range(4, 3 + 2 * len(chain)), 3)
@@ -311,33 +310,6 @@ def test_marking_without_the_stages_is_refused(tmp_path):
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_workers_do_not_change_a_byte(tmp_path):
-    read = deal([*passages(40, 80), *passages(40, 80)[::3]], 3)
-    results = []
-    for workers in (1, 2):
-        out = tmp_path / str(workers)
-        stages = minhash_stages(read, str(out / "minhash"), 3)
-        stages.append(Stage("mark", [read, MarkNearDuplicates(str(out / "minhash")), Save(str(out / "marked"))], 3))
-        for stage in stages:
-            logs = str(out / "logs" / stage.name)
-            # "fork", because a fresh process would import torch for seconds.
-            LocalPipelineExecutor(
-                stage.steps, tasks=stage.tasks, workers=workers, logging_dir=logs, start_method="fork"
-            ).run()
-        results.append(snapshot(out / "minhash") | snapshot(out / "marked"))
-    assert results[0] == results[1]
-    assert sum(content.count(b"near_duplicate") for name, content in results[0].items() if "json" in name) == 14
-
-
-@dataclass(frozen=True)
-class Save:
-    folder: str
-
-    def __call__(self, data: Iterable[Document], rank: int, world_size: int) -> None:
-        Path(self.folder).mkdir(parents=True, exist_ok=True)
-        Path(self.folder, f"{rank}.json").write_text(json.dumps([[row.text, row.metadata] for row in data]))
 
 
 @dataclass(frozen=True)
