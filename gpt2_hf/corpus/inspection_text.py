@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .inspection import EDGES, NEAR, FirstBatch, Inspection, Repeats, SplitFigures, beginning, decode
+from .copies import NEAR, Repeats
+from .inspection import EDGES, FirstBatch, Inspection, SplitFigures
+from .token_text import beginning, decode
 
 WIDTH, QUOTED_LINES, SHOWN_PIECES = 100, 20, 5
 COLORS = ("#2563a8", "#c4541a", "#3f8f4f")

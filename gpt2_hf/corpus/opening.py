@@ -10,7 +10,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,81 +29,69 @@ class Damaged(OSError):
     """A packed file that cannot be unpacked from here on; like gzip's own errors it has no errno."""
 
 
-class _Zstd(io.RawIOBase):
+class _Stream(io.RawIOBase):
+    """What is made of a file, block by block, as a stream of bytes."""
+
+    def __init__(self, file: BinaryIO, blocks: Iterator[bytes]):
+        self._file, self._blocks, self._left = file, blocks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            block = next(self._blocks, None)
+            if block is None:
+                return 0
+            self._left = memoryview(block)
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _unpack_zstd(file: BinaryIO) -> Iterator[bytes]:
     """Unpack frames one after another, in memory bounded by the window that they ask for (2 GiB with --long=31).
 
     Raises EOFError where the file was cut short, Damaged where it is no zstd.
     """
+    import zstandard
 
-    def __init__(self, file: BinaryIO):
-        self._file, self._input, self._output = file, b"", memoryview(b"")
-        self._frame: Any = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            self._input = self._input or self._file.read(2**16)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("the file ended before the end of its last frame")
-                return 0
-            self._output = memoryview(self._unpack())
-        size = min(len(buffer), len(self._output))
-        buffer[:size], self._output = self._output[:size], self._output[size:]
-        return size
-
-    def _unpack(self) -> bytes:
-        import zstandard
-
-        if self._frame is None:
-            self._input += self._file.read(4 - len(self._input)) if len(self._input) < 4 else b""
-            if not (self._input.startswith(ZSTD) or ZSTD_SKIPPABLE.match(self._input)):
+    frame: Any = None
+    packed = b""
+    while packed := packed or file.read(2**16):
+        if frame is None:
+            packed += file.read(4 - len(packed)) if len(packed) < 4 else b""
+            if not (packed.startswith(ZSTD) or ZSTD_SKIPPABLE.match(packed)):
                 raise Damaged("junk after the last zstd frame")
-            self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-        block, self._input = self._input[:ZSTD_INPUT], self._input[ZSTD_INPUT:]
+            frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+        block, packed = packed[:ZSTD_INPUT], packed[ZSTD_INPUT:]
         try:
-            output = self._frame.decompress(block)
+            yield frame.decompress(block)
         except zstandard.ZstdError as error:
             raise Damaged(str(error)) from error
-        if self._frame.eof:
-            self._input = self._frame.unused_data + self._input
-            self._frame = None
-        return output
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+        if frame.eof:
+            packed = frame.unused_data + packed
+            frame = None
+    if frame is not None:
+        raise EOFError("the file ended before the end of its last frame")
 
 
-class _Recoded(io.RawIOBase):
-    """A stream in another encoding, as UTF-8. What is no text there becomes what is no UTF-8, to be noticed later."""
-
-    def __init__(self, file: BinaryIO, encoding: str):
-        self._file, self._output = file, memoryview(b"")
-        self._decoder = codecs.getincrementaldecoder(encoding)("surrogateescape")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._output:
-            block = self._file.read(2**16)
-            try:
-                text = self._decoder.decode(block, final=not block)
-            except UnicodeError as error:
-                raise Damaged(str(error)) from error
-            self._output = memoryview(text.encode(errors="surrogateescape"))
-            if not block:
-                break
-        size = min(len(buffer), len(self._output))
-        buffer[:size], self._output = self._output[:size], self._output[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+def _recode(file: BinaryIO, encoding: str) -> Iterator[bytes]:
+    """Text of another encoding, as UTF-8. What is no text there becomes what is no UTF-8, to be noticed later."""
+    decoder = codecs.getincrementaldecoder(encoding)("surrogateescape")
+    ended = False
+    while not ended:
+        block = file.read(2**16)
+        ended = not block
+        try:
+            text = decoder.decode(block, final=ended)
+        except UnicodeError as error:
+            raise Damaged(str(error)) from error
+        yield text.encode(errors="surrogateescape")
 
 
 def packing(head: bytes) -> Callable[[BinaryIO], BinaryIO] | None:
@@ -111,7 +99,7 @@ def packing(head: bytes) -> Callable[[BinaryIO], BinaryIO] | None:
     if head.startswith(GZIP):
         return lambda file: gzip.GzipFile(fileobj=file)  # type: ignore[return-value]
     if head.startswith(ZSTD) or ZSTD_SKIPPABLE.match(head):
-        return lambda file: io.BufferedReader(_Zstd(file))
+        return lambda file: io.BufferedReader(_Stream(file, _unpack_zstd(file)))
     if re.match(rb"BZh[1-9]1AY&SY", head):
         return bz2.BZ2File  # type: ignore[return-value]
     if head.startswith(b"\xfd7zXZ\0"):
@@ -125,7 +113,7 @@ def open_text(path: str | Path, encoding: str = "utf-8") -> io.BufferedIOBase:
     if unpack := packing(file.peek(8)[:16]):
         file = unpack(file)
     if not is_utf8(encoding):
-        file = io.BufferedReader(_Recoded(file, encoding), 2**20)
+        file = io.BufferedReader(_Stream(file, _recode(file, encoding)), 2**20)
     return file
 
 

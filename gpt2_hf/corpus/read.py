@@ -6,7 +6,6 @@ their share of its lines: to unpack text is 20 to 100 times faster than to token
 """
 
 import contextlib
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -15,23 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..knobs import Filled, Knobs, PathName
-from ..program import UserError, end_with_parent
+from ..program import UserError
+from . import plain_text
 from .inputs import COMPRESSED, describe, find_files, text_format, walk
-from .json_text import LINE_BYTES, STRIPE_BYTES, Row, hint, is_lines, read_lines, read_values
-from .opening import BOM, LOOK_BYTES, PARQUET, READ_ERRORS, Damaged, is_utf8, look, open_text, packing
+from .json_text import LINE_BYTES, Row, is_lines, read_lines, read_values
+from .opening import LOOK_BYTES, PARQUET, READ_ERRORS, Damaged, is_utf8, look, open_text, packing
+from .text_field import prefixes, value_of, what_is_there
 
 if TYPE_CHECKING:
-    import io
-
     from datatrove.data import Document
 
 TASK_BYTES = 32 * 2**20  # input bytes of one task: large files are cut, small files are put together
 SHARE_BYTES = 16 * 2**20  # compressed bytes that are worth another task
 SHARES = 8  # at most so many tasks read one compressed file, and no more than 2 * SHARES read all
-TXT_BYTES = 32 * 2**20  # a longer .txt is no document, but a corpus: it is cut at a line end
 BATCH_BYTES = 32 * 2**20  # of rows of a table that are unpacked at a time
-
-__all__ = ["STRIPE_BYTES", "Piece", "ReadDocuments", "Source", "describe", "find_files", "plan"]
 
 
 @dataclass(frozen=True)
@@ -116,8 +112,8 @@ def _cut(path: Path, size: int, n_files: int, source: Source) -> list[Piece]:
         share_bytes = SHARE_BYTES if packing(raw) else TASK_BYTES
         shares = 1 if text else max(1, min(SHARES, 2 * SHARES // n_files, size // share_bytes))
         return [Piece(name, "share", share, shares) for share in range(shares)]
-    whole = text and (source.separator is not None or size <= TXT_BYTES)
-    pieces = 1 if whole else max(1, -(-size // (TXT_BYTES if text else TASK_BYTES)))
+    whole = text and (source.separator is not None or size <= plain_text.TXT_BYTES)
+    pieces = 1 if whole else max(1, -(-size // (plain_text.TXT_BYTES if text else TASK_BYTES)))
     borders = pairwise(size * i // pieces for i in range(pieces + 1))  # of one length, to end together
     return [Piece(name, "bytes", start, end) for start, end in borders]
 
@@ -184,30 +180,11 @@ class ReadDocuments:
 
     source: Source
     tasks: list[list[Piece]] = field(repr=False)  # datatrove logs every step's repr, for every task
-    running: str | None = None  # folder in which a file marks a task that a process is at work on
 
     def __call__(self, data: Any, rank: int, world_size: int) -> "Iterator[Document]":
-        with self._marked(rank):
-            yield from self._documents(self.tasks[rank])
-
-    @contextlib.contextmanager
-    def _marked(self, rank: int) -> Iterator[None]:
-        if self.running is None:
-            yield
-            return
-        # Between tasks no marker tells of a worker, and its pool would wait for ever for the server that forked it.
-        end_with_parent(lambda command: any("forkserver" in word for word in command))
-        marker = Path(self.running, f"{rank}.{os.getpid()}")
-        marker.touch()
-        try:
-            yield
-        finally:
-            marker.unlink(missing_ok=True)
-
-    def _documents(self, pieces: list[Piece]) -> "Iterator[Document]":
         from datatrove.data import Document
 
-        for number, piece in enumerate(pieces):
+        for number, piece in enumerate(self.tasks[rank]):
             for row, place in self.rows(piece):
                 place |= {"file": piece.path, "piece": number}
                 text = None
@@ -223,14 +200,14 @@ class ReadDocuments:
         place["skipped"] = "broken"
         if not isinstance(row, dict):
             return None
-        text = lookup(row, self.source.text_field)
+        text = value_of(row, self.source.text_field)
         if isinstance(text, bytes):
             try:
                 text = text.decode()
             except UnicodeDecodeError:
                 return None
         if not isinstance(text, str):
-            place |= {"skipped": "no_text", "detail": _what_is_there(row, self.source.text_field, text)}
+            place |= {"skipped": "no_text", "detail": what_is_there(row, self.source.text_field, text)}
         elif not text or text.isspace():
             place["skipped"] = "empty"
         elif len(text) > LINE_BYTES // 4 and len(text.encode(errors="replace")) > LINE_BYTES:
@@ -278,26 +255,17 @@ class ReadDocuments:
         packed = "|".join(map(re.escape, COMPRESSED))
         name = re.sub(rf"(\.txt)?({packed})?$", "", Path(piece.path).name, flags=re.IGNORECASE)
         with open_text(piece.path, self.source.encoding) as file:
-            texts: Iterator[tuple[dict[str, int], bytes | None]]
             if self.source.separator is not None:
-                texts = _split(file, self.source.separator.encode(), piece.path)
+                texts = plain_text.split_at(file, self.source.separator.encode(), piece.path)
+            elif piece.kind == "bytes":
+                texts = plain_text.lines_between(file, piece.start, piece.end)
             else:
-                texts = _lines_of(file, piece) if piece.kind == "bytes" else _blocks(file)
+                texts = plain_text.blocks(file)
             for number, (place, raw) in enumerate(texts):
-                if raw is None:
-                    yield None, place | {"skipped": "too_long"}
-                    continue
-                mark = len(BOM) * raw.startswith(BOM)
-                try:
-                    text = raw[mark:].decode()
-                except UnicodeDecodeError as error:
-                    wrong = mark + error.start
-                    wrong = raw.count(b"\n", 0, wrong) if "line" in place else wrong
-                    detail = {"detail": found} if (found := hint(raw[mark : mark + LOOK_BYTES + error.start])) else {}
-                    yield None, {key: value + wrong for key, value in place.items()} | detail
-                    continue
-                del raw
-                yield {"id": f"{name}-{number}" if number else name, self.source.text_field: text}, place
+                text, place = plain_text.decode(raw, place)
+                del raw  # 32 MB, perhaps, and so has the text
+                fields = {"id": f"{name}-{number}" if number else name, self.source.text_field: text}
+                yield None if text is None else fields, place
 
     def _parquet_rows(self, piece: Piece) -> Iterator[Row]:
         import pyarrow.parquet
@@ -339,54 +307,10 @@ class ReadDocuments:
 
     def _columns(self, where: str, names: list[str]) -> list[str]:
         wanted = self.source.text_field
-        text = next((name for name in _prefixes(wanted) if name in names), None)
+        text = next((name for name in prefixes(wanted) if name in names), None)
         if text is None:
             raise UserError(f"{where}: no column {wanted!r} among {names}: set --text_field")
         return [name for name in names if name in (text, "id", "url")]
-
-
-def _prefixes(text_field: str) -> list[str]:
-    """a.b.c, a.b, a: a key may have a dot in it."""
-    parts = text_field.split(".")
-    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
-
-
-def lookup(row: dict[str, Any], text_field: str) -> Any:
-    """The value of a field, or of one inside others by a name with dots; None where there is none."""
-    for name in _prefixes(text_field):
-        if name == text_field and name in row:
-            return row[name]
-        if isinstance(inner := row.get(name), dict):
-            found = lookup(inner, text_field[len(name) + 1 :])
-            if found is not None:
-                return found
-    return None
-
-
-def _field_names(row: dict[str, Any], before: str = "", depth: int = 2) -> Iterator[str]:
-    """The fields of a row, those inside others by a name with dots."""
-    for name, value in row.items():
-        if isinstance(value, dict) and depth:
-            yield from _field_names(value, f"{before}{name}.", depth - 1)
-        else:
-            yield f"{before}{name}"
-
-
-def _what_is_there(row: dict[str, Any], text_field: str, value: Any) -> str:
-    """What a row has instead of a text, in few words."""
-    if value is None:
-        if text_field in row:
-            return f"{text_field!r} is null"
-        names = list(_field_names(row))
-        more = ", ..." if len(names) > 20 else ""
-        return f"no {text_field!r} among {', '.join(names[:20])}{more}; set --text_field" if names else "no fields"
-    kind = type(value).__name__
-    if isinstance(value, list) and value:
-        kind = f"list of {type(value[0]).__name__}"
-    elif isinstance(value, dict):
-        inside = ", ".join(f"{text_field}.{name}" for name in list(_field_names(value))[:20])
-        return f"{text_field!r} is not a text, but holds {inside}; set --text_field"
-    return f"{text_field!r} is a {kind}, not a text; set --text_field, or make one text of it first"
 
 
 def _rows_of(batch: Any) -> Iterator[dict[str, Any] | None]:
@@ -397,54 +321,6 @@ def _rows_of(batch: Any) -> Iterator[dict[str, Any] | None]:
             yield {name: column[i].as_py() for name, column in columns}
         except UnicodeDecodeError:
             yield None
-
-
-def _lines_of(file: "io.BufferedIOBase", piece: Piece) -> Iterator[tuple[dict[str, int], bytes | None]]:
-    """The lines that begin inside the piece, if any do, and where the first one does; an empty file is empty. None
-    stands for a text that is too long."""
-    if piece.start:
-        file.seek(piece.start - 1)
-        while (line := file.readline(TXT_BYTES)) and not line.endswith(b"\n"):
-            pass
-    begin = file.tell()
-    if begin < piece.end:
-        yield {"offset": begin}, _to_line_end(file, file.read(piece.end - 1 - begin))
-    elif not piece.start:
-        yield {"offset": 0}, b""
-
-
-def _to_line_end(file: "io.BufferedIOBase", block: bytes) -> bytes | None:
-    """The block with the rest of its last line; None if they are longer than LINE_BYTES together."""
-    rest = file.readline(max(LINE_BYTES - len(block), 1))
-    if len(rest) < LINE_BYTES - len(block) or rest.endswith(b"\n"):
-        return block + rest
-    while (rest := file.readline(TXT_BYTES)) and not rest.endswith(b"\n"):
-        pass
-    return None
-
-
-def _blocks(file: "io.BufferedIOBase") -> Iterator[tuple[dict[str, int], bytes | None]]:
-    """A file in blocks of about TXT_BYTES, cut at a line end, and the line on which each begins."""
-    line = 1
-    while begin := file.read(TXT_BYTES):
-        block = _to_line_end(file, begin)
-        yield {"line": line}, block
-        line += begin.count(b"\n") + 1 if block is None else block.count(b"\n")
-
-
-def _split(file: "io.BufferedIOBase", separator: bytes, path: str) -> Iterator[tuple[dict[str, int], bytes]]:
-    """The documents between separators, and the line on which each begins; empty ones are nothing."""
-    line, rest, ended = 1, b"", False
-    while not ended:
-        block = file.read(2**20)
-        ended = not block
-        *whole, rest = (rest + block).split(separator)
-        for text in [*whole, rest] if ended else whole:
-            if text.strip():
-                yield {"line": line}, text
-            line += (text + separator).count(b"\n")
-        if len(rest) > TXT_BYTES:
-            raise UserError(f"{path}: no {separator.decode()!r} within {TXT_BYTES:,} bytes: check --separator")
 
 
 def _first_line(error: Exception) -> str:

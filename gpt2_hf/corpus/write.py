@@ -7,6 +7,7 @@ The shards are datatrove's: `NNNNN.ds` (uint16 tokens, little-endian), `NNNNN.ds
 ends, in tokens) and `NNNNN.ds.metadata`.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -116,7 +117,7 @@ def stop_at_errors(tally: Tally) -> None:
     """Raise ValueError, naming the first, if documents were dropped that were at fault themselves."""
     if first := next((report for report in tally.reports if report["reason"] in ERRORS), None):
         add_line_numbers([first])
-        raise ValueError(f"{sentence(first)} (to leave such documents out: --on_error skip)")
+        raise UserError(f"{sentence(first)} (to leave such documents out: --on_error skip)")
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class WriteShards:
                     writers[label[first]].write(tokens, rows, first, end)
         written = {split: writer.close() for split, writer in zip(splits, writers, strict=True)}
         if not written["train"]["documents"]:
-            raise ValueError(
+            raise UserError(
                 f"all {written['val']['documents']} documents fell to validation, none to training: "
                 "hold out fewer, or pass --val_fraction 0"
             )
@@ -305,6 +306,18 @@ class _Records:
 def read_records(part: Path) -> np.ndarray:
     """The RECORD of each document of a part; (documents,)."""
     return np.fromfile(part.with_suffix(".docs"), RECORD)
+
+
+def written_so_far(folder: Path) -> tuple[int, int]:
+    """Documents, and bytes of their text, in the parts in a folder that are written or being written."""
+    documents = n_bytes = 0
+    for path in folder.glob("*.docs*"):
+        with contextlib.suppress(FileNotFoundError):  # it may be renamed meanwhile
+            if count := path.stat().st_size // RECORD.itemsize:
+                (last,) = np.fromfile(path, RECORD, 1, offset=(count - 1) * RECORD.itemsize)
+                documents += count
+                n_bytes += int(last["byte_end"])
+    return documents, n_bytes
 
 
 def write_json(path: Path, value: Any) -> None:

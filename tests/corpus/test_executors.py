@@ -32,19 +32,20 @@ SRUN = '#!/bin/sh\nwhile [ "${1#-}" != "$1" ]; do case "$1" in -n) shift;; esac;
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch) -> Path:
-    monkeypatch.setattr(reading, "TASK_BYTES", 8000)
+    monkeypatch.setattr(reading, "TASK_BYTES", 40_000)
     return write_jsonl(tmp_path / "docs.jsonl", [*TEXTS, *TEXTS[:50]])
 
 
 @pytest.fixture
 def wanted(tmp_path: Path, source: Path) -> dict[str, bytes]:
-    config = PrepareConfig((str(source),), out=str(tmp_path / "local"), workers=1, dedup="minhash", val_documents=9)
+    config = PrepareConfig((str(source),), out=str(tmp_path / "local"), workers=1, dedup="exact", val_documents=9)
     prepare(config)
     return tree(tmp_path / "local")
 
 
-@pytest.mark.slow
-def test_the_jobs_given_to_slurm_give_the_same_bytes(tmp_path: Path, monkeypatch, capsys, source: Path, wanted):
+@pytest.fixture
+def jobs(tmp_path: Path, monkeypatch) -> Path:
+    """Where the jobs that are submitted go, as scripts and their arguments."""
     jobs, tools = tmp_path / "jobs", tmp_path / "tools"
     for folder in (jobs, tools):
         folder.mkdir()
@@ -54,42 +55,54 @@ def test_the_jobs_given_to_slurm_give_the_same_bytes(tmp_path: Path, monkeypatch
         (tools / name).chmod(stat.S_IRWXU)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     monkeypatch.setenv("JOBS", str(jobs))
+    return jobs
 
-    out = tmp_path / "out"
-    config = PrepareConfig(
-        (str(source),),
-        out=str(out),
-        workers=3,
-        dedup="minhash",
-        val_documents=9,
-        executor="slurm",
-        slurm_partition="cpu",
-        slurm_time="2:00:00",
-        slurm_memory_gb=5,
-    )
-    assert prepare(config) == out / "manifest.json"
-    assert not (out / "manifest.json").exists()
+
+def on_slurm(source: Path, out: Path, **more) -> PrepareConfig:
+    slurm = {"slurm_partition": "cpu", "slurm_time": "2:00:00", "slurm_memory_gb": 5}
+    return PrepareConfig((str(source),), out=str(out), workers=3, val_documents=9, executor="slurm", **slurm, **more)
+
+
+def test_each_job_waits_for_the_one_before(tmp_path: Path, capsys, source: Path, jobs: Path):
+    prepare(on_slurm(source, tmp_path / "out", dedup="minhash"))
     assert "will be written by the last job" in capsys.readouterr().out
-
-    stages, previous = [], None
+    stages, previous = {}, None
     for script in sorted(jobs.glob("*.sh")):
-        text, number = script.read_text(), int(script.stem)
-        name = re.search(r"--job-name=(\S+)", text)[1]
+        text = script.read_text()
         if "merge_stats" in text:
             continue
-        stages.append(name)
         options = ("--partition=cpu", "--time=2:00:00", "--mem-per-cpu=5G")
         assert all(f"#SBATCH {option}\n" in text for option in options)
         arguments = script.with_suffix(".args").read_text()
         assert (f"--dependency=afterok:{previous}" in arguments) if previous else "dependency" not in arguments
-        last = int(re.search(r"--array=0-(\d+)%3", text)[1])
-        for task in range(last + 1):
+        stages[re.search(r"--job-name=(\S+)", text)[1]] = int(re.search(r"--array=0-(\d+)%3", text)[1]) + 1
+        previous = int(script.stem)
+    tasks = stages["gpt2_hf_tokens"]
+    assert tasks > 1 and list(stages.items()) == [
+        ("gpt2_hf_signatures", tasks),
+        ("gpt2_hf_pairs", 14),
+        ("gpt2_hf_duplicates", 1),
+        ("gpt2_hf_tokens", tasks),
+        ("gpt2_hf_shards", 1),
+    ]
+
+
+@pytest.mark.slow
+def test_the_jobs_given_to_slurm_give_the_same_bytes(tmp_path: Path, capsys, source: Path, wanted, jobs: Path):
+    out = tmp_path / "out"
+    config = on_slurm(source, out, dedup="exact")
+    assert prepare(config) == out / "manifest.json"
+    assert not (out / "manifest.json").exists()
+    for script in sorted(jobs.glob("*.sh")):
+        text = script.read_text()
+        if "merge_stats" in text:
+            continue
+        for task in range(int(re.search(r"--array=0-(\d+)%3", text)[1]) + 1):
             env = {**os.environ, "SLURM_ARRAY_TASK_ID": str(task), "SLURM_NODELIST": "localhost", "RUN_OFFSET": "0"}
             done = subprocess.run(["bash", str(script)], env=env, capture_output=True, text=True, cwd=tmp_path)
             assert done.returncode == 0, done.stderr
-        previous = number
-    assert stages[-2:] == ["gpt2_hf_tokens", "gpt2_hf_shards"] and len(stages) > 3
     assert tree(out) == wanted
+    capsys.readouterr()
     assert prepare(config) == out / "manifest.json"  # later, to see whether it is done
     assert "already prepared" in capsys.readouterr().out
 
@@ -118,7 +131,7 @@ def test_ray_gives_the_same_bytes(tmp_path: Path, source: Path, wanted):
             (str(source),),
             out=str(tmp_path / "out"),
             workers=2,
-            dedup="minhash",
+            dedup="exact",
             val_documents=9,
             executor="ray",
             slurm_memory_gb=1,

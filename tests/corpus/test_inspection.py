@@ -14,7 +14,7 @@ from test_stream import reference_epoch
 
 from gpt2_hf.cli import parse_cli
 from gpt2_hf.config import RunConfig
-from gpt2_hf.corpus import inspection as module
+from gpt2_hf.corpus import inspection, sample
 from gpt2_hf.corpus.inspection import first_batch, inspect_data
 from gpt2_hf.corpus.inspection_text import draw_lengths, render
 from gpt2_hf.data.shards import ShardError, open_split
@@ -201,8 +201,8 @@ def test_a_sample_without_copies_says_how_many_there_may_be(make_shards):
 def test_reads_are_bounded(make_shards, monkeypatch):
     documents = [random_documents(400, longest=20, seed=seed) for seed in range(6)]
     root = make_shards({"train": documents})
-    monkeypatch.setattr(module, "SURVEY_BYTES", 2 * 8 * 400)
-    monkeypatch.setattr(module, "SAMPLE_TOKENS", 1000)
+    monkeypatch.setattr(sample, "SURVEY_BYTES", 2 * 8 * 400)
+    monkeypatch.setattr(sample, "SAMPLE_TOKENS", 1000)
     (figures,) = inspect_data(root, documents=0).splits
     assert figures.surveyed_shards == 2
     assert sum(figures.documents_by_length) == 800
@@ -283,7 +283,7 @@ def test_a_format_without_an_index_or_a_manifest(monkeypatch, tmp_path):
             eot_first=True,
         )
 
-    monkeypatch.setattr(module, "open_split", open_split)
+    monkeypatch.setattr(inspection, "open_split", open_split)
     found = inspect_data(tmp_path)
     (figures,) = found.splits
     assert (figures.documents, figures.documents_counted, figures.surveyed_shards) == (30, True, 3)
@@ -291,7 +291,7 @@ def test_a_format_without_an_index_or_a_manifest(monkeypatch, tmp_path):
     assert "begins all" in render(found) and "neither ends nor begins" not in render(found)
     assert figures.outside_vocabulary == len([token for token in documents[3] if token > EOT])
     assert found.facts == {"no val": "this folder has no val"} and "has no val" in render(found)
-    monkeypatch.setattr(module, "SURVEY_BYTES", 1)
+    monkeypatch.setattr(sample, "SURVEY_BYTES", 1)
     (figures,) = inspect_data(tmp_path).splits
     assert (figures.documents_counted, figures.surveyed_shards) == (False, 1)
     assert 15 < figures.documents < 60
