@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 from faulty_server import FaultyServer
 
-from gpt2_hf.data import remote
+from gpt2_hf.data import remote, storage
+from gpt2_hf.data.cache import Cache
 from gpt2_hf.data.folder import LocalFolder, ShardError
 from gpt2_hf.data.remote import RemoteFolder, Retry, open_folder
 from gpt2_hf.data.shards import open_split
@@ -39,11 +40,11 @@ UPLOADS: dict[str, fsspec.AbstractFileSystem] = {}
 PREAMBLE = f"""
 import sys, types
 package = types.ModuleType("gpt2_hf")
-package.__path__ = [{str(Path(remote.__file__).parent.parent)!r}]
+package.__path__ = [{str(Path(storage.__file__).parent.parent)!r}]
 sys.modules["gpt2_hf"] = package
-from gpt2_hf.data import remote
+from gpt2_hf.data import storage
 from gpt2_hf.data.remote import RemoteFolder, Retry
-remote.CHUNK_BYTES, remote.SMALLEST_CHUNK = {CHUNK}, {4 * KB}
+storage.CHUNK_BYTES = {CHUNK}
 """
 
 
@@ -53,8 +54,7 @@ def random_bytes(n, seed):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(remote, "CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr(remote, "SMALLEST_CHUNK", 4 * KB)
+    monkeypatch.setattr(storage, "CHUNK_BYTES", CHUNK)
 
 
 @pytest.fixture(scope="module")
@@ -278,31 +278,19 @@ def test_waits_grow_and_vary(proxy, bucket, tmp_path, caplog):
     slept = []
     real_sleep = time.sleep
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote.time, "sleep", lambda seconds: (slept.append(seconds), real_sleep(0.001)))
+        patch.setattr(storage.time, "sleep", lambda seconds: (slept.append(seconds), real_sleep(0.001)))
         folder.map("train/0.ds", "u1")
     for seconds, longest in zip(slept, (0.04, 0.08, 0.16, 0.2, 0.2, 0.2, 0.2), strict=True):
         assert longest / 2 <= seconds <= longest
     assert len(set(slept)) == 7
 
 
-def test_a_slow_line_is_asked_for_less(proxy, bucket, tmp_path):
-    folder = RemoteFolder(bucket, tmp_path, retry=IMPATIENT)
-
-    def plan(request):
-        first, _, last = request.range.removeprefix("bytes=").partition("-")
-        return "stall" if request.reads("0.ds") and int(last) - int(first) >= 20 * KB else ""
-
-    proxy.plan = plan
-    assert folder.map("train/0.ds", "u1").tobytes() == random_bytes(300 * KB, 0)
-    assert len(proxy.reads("0.ds")) == 2 + 19  # 64 KB, 32 KB, then 16 KB at a time
-
-
 @pytest.fixture
 def ten_seconds_a_request(proxy, monkeypatch):
-    """A clock for remote.py that goes on by 10 seconds with each request."""
+    """A clock for storage.py that goes on by 10 seconds with each request."""
     clock = types.SimpleNamespace(time_ns=time.time_ns, sleep=lambda seconds: None)
     clock.monotonic = lambda: 10.0 * len(proxy.requests)
-    monkeypatch.setattr(remote, "time", clock)
+    monkeypatch.setattr(storage, "time", clock)
 
 
 def test_gives_up_in_one_line(proxy, bucket, tmp_path, ten_seconds_a_request):
@@ -493,7 +481,7 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(
             ShardError, match=r"^cannot write to the cache .*/cache \(No space left on device\): free space"
         ):
@@ -513,7 +501,7 @@ def test_unusable_cache_folder_is_one_line(tmp_path):
 
 
 def test_cache_is_bounded_over_an_epoch_larger_than_it(any_url, tmp_path):
-    cache, files = tmp_path / "cache", {f"{i:02d}.ds": random_bytes((20 + i) * KB, i) for i in range(12)}
+    cache, files = tmp_path / "cache", {f"{i:02d}.ds": random_bytes((6 + i % 4) * KB, i) for i in range(25)}
     upload(any_url, files)
     bound = 100 * KB
     folder = RemoteFolder(any_url, cache, bound, retry=QUICK)
@@ -612,13 +600,24 @@ def test_processes_fetch_each_shard_once(proxy, tmp_path):
         assert sorted(proxy.reads(f"{i}.ds")) == ["bytes=0-63999", "bytes=64000-99999"]
 
 
-def test_a_claim_sees_what_was_fetched_since(tmp_path):
-    cache, key = remote._Cache(tmp_path, 1000), "0" * 32
-    part = cache.claim(key)
-    part.write(b"1")
-    cache.keep(part, key).close()
-    assert cache.claim(key) is None and cached(tmp_path, "part") == []
-    assert cache.open(key, 1).read() == b"1"
+def test_a_file_that_came_while_its_lock_was_waited_for_is_not_fetched_again(tmp_path):
+    cache, key, n_writers = Cache(tmp_path, 1000), "0" * 32, []
+    first_is_at_work, go_on = threading.Event(), threading.Event()
+
+    def write(part):
+        n_writers.append(1)
+        first_is_at_work.set()
+        go_on.wait(20)
+        part.write(b"1")
+
+    threads = [threading.Thread(target=lambda: cache.fetch(key, 1, write).close()) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+        assert first_is_at_work.wait(20)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert len(n_writers) == 1 and cache.open(key, 1).read() == b"1" and cached(tmp_path, "part") == []
 
 
 # Fetching ahead
@@ -631,10 +630,11 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
-def test_fetch_ahead_returns_at_once_and_fetches_once(proxy, tmp_path):
+def test_fetch_ahead_returns_at_once_and_fetches_once(proxy, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "FETCHES", 1)
     url = new_url("s3", tmp_path)
     upload(url, {f"{i}.ds": random_bytes(50 * KB, i) for i in range(6)})
-    folder = RemoteFolder(url, tmp_path / "cache", fetch_threads=1)
+    folder = RemoteFolder(url, tmp_path / "cache")
     proxy.requests.clear()
     proxy.most_active = 0
     proxy.plan = lambda request: "slow" if request.range else ""
@@ -649,7 +649,7 @@ def test_fetch_ahead_returns_at_once_and_fetches_once(proxy, tmp_path):
         assert len(proxy.reads(f"{i}.ds")) == 1
     for path in (tmp_path / "cache").glob("*.data"):
         path.unlink()
-    folder.fetch_ahead("0.ds")  # its thread has ended, another starts
+    folder.fetch_ahead("0.ds")
     wait_until(lambda: len(cached(tmp_path / "cache")) == 1)
 
 
@@ -665,10 +665,11 @@ def test_an_error_while_fetching_ahead_is_logged_and_met_again(proxy, bucket, tm
     assert folder.map("train/0.ds", "u1").tobytes() == random_bytes(300 * KB, 0)
 
 
-def test_a_file_needed_at_once_does_not_wait_in_the_queue(proxy, tmp_path):
+def test_a_file_needed_at_once_does_not_wait_in_the_queue(proxy, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "FETCHES", 1)
     url = new_url("s3", tmp_path)
     upload(url, {"a": random_bytes(50 * KB, 0), "b": random_bytes(50 * KB, 1), "c": random_bytes(50 * KB, 2)})
-    folder = RemoteFolder(url, tmp_path / "cache", fetch_threads=1, retry=Retry(timeout=20))
+    folder = RemoteFolder(url, tmp_path / "cache", retry=Retry(timeout=20))
     proxy.plan = faults("a", "stall")
     for name in "abc":
         folder.fetch_ahead(name)
@@ -676,17 +677,15 @@ def test_a_file_needed_at_once_does_not_wait_in_the_queue(proxy, tmp_path):
     assert not proxy.reads("c")
 
 
-def test_fetching_ahead_leaves_half_of_the_cache_alone(tmp_path):
-    upload(url := new_url("memory", tmp_path), {f"{i}": random_bytes(10 * KB, i) for i in range(10)})
-    folder = RemoteFolder(url, tmp_path / "cache", 60 * KB)
-    for name in folder.sizes():
-        folder.fetch_ahead(name)
-    wait_until(lambda: len(cached(tmp_path / "cache")) == 3)
-    time.sleep(0.1)
-    assert len(cached(tmp_path / "cache")) == 3
-    folder.map("0", "u1")
-    folder.fetch_ahead("7")  # there is place again
-    wait_until(lambda: len(cached(tmp_path / "cache")) == 4)
+def test_a_file_large_for_the_cache_is_not_fetched_ahead(tmp_path, monkeypatch):
+    """Those of one group would push each other out, and be fetched twice."""
+    upload(url := new_url("memory", tmp_path), {"large": bytes(11), "small": bytes(10)})
+    folder, fetched = RemoteFolder(url, tmp_path / "cache", 100), []
+    monkeypatch.setattr(folder, "_fetch", fetched.append)
+    folder.fetch_ahead("large")
+    folder.fetch_ahead("small")
+    wait_until(lambda: fetched)
+    assert fetched == ["small"]
 
 
 def test_a_process_ends_while_it_waits_for_the_storage(proxy, bucket, tmp_path):
