@@ -208,7 +208,7 @@ def test_results_are_on_disk_before_the_manifest_says_so(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "fsync", record)
     prepare(config(tmp_path, write_jsonl(tmp_path / "docs.jsonl")))
     out = tmp_path / "out"
-    manifest = synced.index(str(out / "manifest.json.tmp"))
+    manifest = synced.index(str(out / ".manifest.json.writing"))
     wanted = {out / split / name for split in ("train", "val") for name in ("", "00000.ds", "00000.ds.index")}
     assert {str(path) for path in wanted} <= set(synced[:manifest])
     assert str(out) in synced[manifest:]
