@@ -385,15 +385,13 @@ def test_megabytes_of_mixed_text_agree():
         with gzip.open(ASSETS / name, "rt", encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
-    plays = [play["text"] for play in lines("shakespeare.jsonl.gz")[::5]]
-    items = [item["ctx"] + " " + item["endings"][item["label"]] for item in lines("hellaswag_val.jsonl.gz")]
-    folders = [ROOT / name for name in ("gpt2_hf", "scripts", "tests", "recipes")]
-    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".yaml", ".md")]
-    code = [path.read_text(encoding="utf-8") for path in files]
-    assert assert_all_agree(plays) > 1e6
-    assert assert_all_agree(items) > 2e6
+    plays = [play["text"] for play in lines("shakespeare.jsonl.gz")[::10]]
+    items = [item["ctx"] + " " + item["endings"][item["label"]] for item in lines("hellaswag_val.jsonl.gz")[::2]]
+    code = [path.read_text(encoding="utf-8") for path in (ROOT / "gpt2_hf").rglob("*.py")]
+    assert assert_all_agree(plays) > 4e5
+    assert assert_all_agree(items) > 1e6
     assert assert_all_agree(code) > 2e5
-    assert assert_all_agree(babel(seed, 2000) for seed in range(40)) > 1e6
+    assert assert_all_agree(babel(seed, 2000) for seed in range(30)) > 5e5
 
 
 def test_the_plays_are_38_documents_in_order():
