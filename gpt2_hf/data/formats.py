@@ -15,16 +15,15 @@ import io
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
 import numpy as np
 
 from .folder import Folder, ShardError
+from .tokenizer import EOT, VOCAB_SIZE
 
-EOT = 50256
-VOCAB_SIZE = 50257
 GPT2_TOKENIZERS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # one tokenizer, five models
 
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER_BYTES = 20240520, 1, 1024
@@ -51,10 +50,10 @@ class TokenFile:
     dtype: str
     offset: int  # bytes before the first token
     n_tokens: int
-    n_documents: int | None  # known where there is an index
-    first: int  # token
-    last: int
-    digest: str  # of the bytes looked at
+    n_documents: int | None = None  # known where there is an index
+    first: int = 0  # token
+    last: int = 0
+    digest: str = ""  # of the tokens looked at
 
     @property
     def path(self) -> str:
@@ -92,60 +91,67 @@ def find_token_files(folder: Folder, sizes: dict[str, int]) -> list[TokenFile]:
 
 def examine(folder: Folder, sizes: dict[str, int], name: str) -> TokenFile | None:
     """What a file is; None if it is none of the formats. Raises ShardError as `find_token_files`."""
-    path, size = f"{folder.location}/{name}", sizes[name]
+    file = _recognise(folder, sizes, name)
+    if file is None:
+        return None
+    item = np.dtype(file.dtype).itemsize
+    expected = file.offset + item * file.n_tokens
+    if sizes[name] != expected:
+        raise ShardError(
+            f"{file.path} has {sizes[name]:,} bytes, its header says {expected:,}: it is cut short or damaged, "
+            "copy it again"
+        )
+    if not file.n_tokens:
+        raise ShardError(f"{file.path} is empty: copy it again or delete it")
+    length = min(LOOK_BYTES // item, file.n_tokens)
+    starts = (0, (file.n_tokens - length) // 2, file.n_tokens - length)
+    windows = [file.read(start, start + length) for start in starts]
+    _refuse_what_is_not_gpt2(file, windows)
+    digest = hashlib.sha256(b"".join(window.tobytes() for window in windows)).hexdigest()
+    return replace(file, first=int(windows[0][0]), last=int(windows[-1][-1]), digest=digest)
+
+
+def _recognise(folder: Folder, sizes: dict[str, int], name: str) -> TokenFile | None:
+    """The format of a file and what its header or index says."""
     if any(name.endswith(ending) and name.removesuffix(ending) in sizes for ending in (".index", ".metadata", ".loss")):
         return None
-    head = folder.read(name, 0, LOOK_BYTES)
-    n_documents = None
+    path, head = f"{folder.location}/{name}", folder.read(name, 0, LOOK_BYTES)
     if head[:4] in (LLMC_MAGIC.to_bytes(4, "little"), LLAMA3_MAGIC.to_bytes(4, "little")):
-        kind, dtype, offset, n_tokens = "llm.c", "<u2", LLMC_HEADER_BYTES, _llmc_tokens(path, head)
-    elif head[:6] == b"\x93NUMPY":
-        kind, (dtype, offset, n_tokens) = "npy", _npy_layout(path, head)
-    elif f"{name}.index" in sizes:
-        kind, offset = "datatrove", 0
+        return TokenFile(folder, name, "llm.c", "<u2", LLMC_HEADER_BYTES, _llmc_tokens(path, head))
+    if head[:6] == b"\x93NUMPY":
+        return TokenFile(folder, name, "npy", *_npy_layout(path, head))
+    if f"{name}.index" in sizes:
         dtype, n_tokens, n_documents = _datatrove_layout(folder, sizes, name)
-    elif name.endswith(".ds"):
+        return TokenFile(folder, name, "datatrove", dtype, 0, n_tokens, n_documents)
+    if name.endswith(".ds"):
         raise ShardError(
             f"{path} has no {name.rpartition('/')[2]}.index beside it: if scripts/prepare_data.py was stopped, start "
             "it again; a .ds file of other origin can be renamed to .bin"
         )
-    elif name.endswith((".bin", ".npy")):
+    if name.endswith((".bin", ".npy")):
         if f"{name.rpartition('/')[0]}/meta.pkl".lstrip("/") in sizes:
             raise ShardError(
                 f"{path} has a meta.pkl beside it, so its numbers stand for characters, not for GPT-2's tokens: "
                 "make tokens of the text with python scripts/prepare_data.py"
             )
-        _refuse_unless_raw(path, size, head)
-        kind, dtype, offset, n_tokens = "raw uint16", "<u2", 0, size // 2
-    else:
-        return None
-    item = np.dtype(dtype).itemsize
-    if size != offset + item * n_tokens:
+        _refuse_unless_raw(path, sizes[name], head)
+        return TokenFile(folder, name, "raw uint16", "<u2", 0, sizes[name] // 2)
+    return None
+
+
+def _refuse_what_is_not_gpt2(file: TokenFile, windows: list[np.ndarray]) -> None:
+    """Raise ShardError for tokens that GPT-2's tokenizer did not make; `windows` are some from the begin to the end."""
+    if (largest := max(int(window.max()) for window in windows)) >= VOCAB_SIZE:
         raise ShardError(
-            f"{path} has {size:,} bytes, its header says {offset + item * n_tokens:,}: it is cut short or damaged, "
-            "copy it again"
+            f"{file.path} holds token {largest}, outside GPT-2's vocabulary of {VOCAB_SIZE}: it is damaged, or made "
+            "with another tokenizer, or no file of tokens"
         )
-    if not n_tokens:
-        raise ShardError(f"{path} is empty: copy it again or delete it")
-    file = TokenFile(folder, name, kind, dtype, offset, n_tokens, n_documents, first=0, last=0, digest="")
-    length = min(LOOK_BYTES // item, n_tokens)
-    windows = [file.read(start, start + length) for start in (0, (n_tokens - length) // 2, n_tokens - length)]
-    for window in windows:
-        if (largest := int(window.max())) >= VOCAB_SIZE:
-            raise ShardError(
-                f"{path} holds token {largest}, outside GPT-2's vocabulary of {VOCAB_SIZE}: it is damaged, or made "
-                "with another tokenizer, or no file of tokens"
-            )
-    if max(map(longest_zeros, windows)) >= ZEROS:
-        raise holes(path, max(map(longest_zeros, windows)))
-    if kind == "datatrove" and windows[-1][-1] != EOT:
+    if (zeros := max(map(longest_zeros, windows))) >= ZEROS:
+        raise holes(file.path, zeros)
+    if file.format == "datatrove" and windows[-1][-1] != EOT:
         raise ShardError(
-            f"{path}: its documents do not end with <|endoftext|>: tokenize them again with that as eos_token"
+            f"{file.path}: its documents do not end with <|endoftext|>: tokenize them again with that as eos_token"
         )
-    digest = hashlib.sha256(b"".join(window.tobytes() for window in windows)).hexdigest()
-    return TokenFile(
-        folder, name, kind, dtype, offset, n_tokens, n_documents, int(windows[0][0]), int(windows[-1][-1]), digest
-    )
 
 
 def longest_zeros(tokens: np.ndarray) -> int:

@@ -157,10 +157,6 @@ class TokenStream:
             raise IndexError(f"no window {index} in epoch {epoch}: an epoch has windows 0 to {self.n_windows - 1}")
         return self.batch(epoch * self.n_windows + index, 1)[0]
 
-    def sample(self, g: int) -> np.ndarray:
-        """Sample `g` of the run, from 0; (T + 1,) uint16."""
-        return self.window(*divmod(g, self.n_windows))
-
     def batch(self, start_sample: int, n: int) -> np.ndarray:
         """Samples start_sample ... start_sample + n - 1 of the run; (n, T + 1) uint16. Errors as for `window`."""
         if start_sample < 0:

@@ -154,15 +154,13 @@ def prepared(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("place", [0, 0.5, 0.999])
-def test_a_shard_that_changed_at_its_size_is_noticed_when_opened(prepared: Path, place: float):
+def test_a_shard_that_changed_at_its_size_is_noticed_when_opened(prepared: Path):
     shard = prepared / "train" / "00000.ds"
-    raw = bytearray(shard.read_bytes())
-    at = int(len(raw) * place) // 2 * 2
-    raw[at : at + 2] = b"\0\0"
-    shard.write_bytes(raw)
-    with pytest.raises(ShardError, match=r"00000\.ds has changed since it was prepared"):
-        open_split(prepared, "train")
+    raw = shard.read_bytes()
+    for at in (0, len(raw) // 4 * 2, len(raw) - 2):
+        shard.write_bytes(raw[:at] + b"\0\0" + raw[at + 2 :])
+        with pytest.raises(ShardError, match=r"00000\.ds has changed since it was prepared"):
+            open_split(prepared, "train")
 
 
 def test_a_shard_cut_short_while_it_is_read_ends_in_one_line(prepared: Path):
@@ -208,14 +206,13 @@ def test_results_are_on_disk_before_the_manifest_says_so(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "fsync", record)
     prepare(config(tmp_path, write_jsonl(tmp_path / "docs.jsonl")))
     out = tmp_path / "out"
-    manifest = synced.index(str(out / "manifest.json.tmp"))
+    manifest = synced.index(str(out / ".manifest.json.writing"))
     wanted = {out / split / name for split in ("train", "val") for name in ("", "00000.ds", "00000.ds.index")}
     assert {str(path) for path in wanted} <= set(synced[:manifest])
     assert str(out) in synced[manifest:]
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_names_that_the_console_lacks_end_nothing(tmp_path: Path, workers: str):
+def test_names_that_the_console_lacks_end_nothing(tmp_path: Path):
     folder = os.fsencode(tmp_path / "mixed") + b"/caf\xe9"
     os.makedirs(folder)
     for name in (b"caf\xe9.txt", "中文.txt".encode()):
@@ -224,7 +221,7 @@ def test_names_that_the_console_lacks_end_nothing(tmp_path: Path, workers: str):
     with open(folder + b"/bad\xe9.jsonl", "wb") as file:
         file.write(b'{"text": "good"}\n{\n')
     env = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONPATH": str(ROOT), "PYTHONUTF8": "0"}
-    scripts = (["prepare_data.py", str(tmp_path / "mixed"), "--workers", workers, "--out"], ["inspect_data.py"])
+    scripts = (["prepare_data.py", str(tmp_path / "mixed"), "--workers", "2", "--out"], ["inspect_data.py"])
     for name, *arguments in scripts:
         command = [sys.executable, str(ROOT / "scripts" / name), *arguments, str(tmp_path / "out")]
         done = subprocess.run(command, capture_output=True, env=env, timeout=100)

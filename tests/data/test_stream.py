@@ -86,18 +86,6 @@ def test_order_equals_the_plain_reference(shards, group_size, epoch):
     assert epoch_of(stream, epoch) == windows
 
 
-def test_a_window_reads_on_into_the_next_group(shards):
-    stream = small_stream(group_size=1)(shards, T, seed=0)
-    tokens = reference_epoch(make_documents(5, 40), 0, 0, group_size=1)[1]
-    windows = epoch_of(stream, 0)
-    assert sorted(windows) == sorted(tokens[k * T : k * T + T + 1] for k in range(stream.n_windows))
-    bounds = np.cumsum([sum(map(len, documents)) for documents in make_documents(5, 40)])
-    shard_of = np.searchsorted(bounds, tokens, side="right")
-    shard_of[np.array(tokens) == EOT] = -1
-    place = dict(zip(tokens, shard_of.tolist(), strict=True))
-    assert sum(len({place[token] for token in window} - {-1}) == 2 for window in windows) >= 3
-
-
 def test_groups_shorter_than_a_window(make_shards):
     documents = [[[10 * shard + i] for i in range(3)] for shard in range(12)]
     shards = open_split(make_shards({"train": documents}), "train")
@@ -113,12 +101,6 @@ def test_every_token_is_seen_once_an_epoch(shards):
         assert set(seen.values()) == {1}
         # Inputs are whole windows: the rest of the last one, at most T tokens, is all that may be missing.
         assert shards.n_tokens - T <= len(seen) + n_eot <= shards.n_tokens
-
-
-def test_a_window_shares_its_last_token_with_the_next(shards):
-    stream = TokenStream(shards, T, seed=0, shuffle=False)
-    windows = epoch_of(stream, 0)
-    assert all(a[-1] == b[0] for a, b in pairwise(windows))
 
 
 def test_unshuffled_is_the_stored_order(shards):
@@ -138,25 +120,6 @@ def test_order_depends_on_seed_and_epoch_only(shards):
     assert epoch_of(TokenStream(shards, T, seed=2), 0) != first
     # Not the same windows in another order: the documents meet other neighbours.
     assert len({tuple(w) for w in first} & {tuple(w) for w in epoch_of(stream, 1)}) < len(first) / 4
-
-
-def test_windows_of_different_shards_interleave(shards):
-    bounds = np.cumsum([sum(map(len, documents)) for documents in make_documents(5, 40)])
-    windows = epoch_of(TokenStream(shards, T, seed=0), 0)
-    shard_of = [int(np.searchsorted(bounds, min(window), side="right")) for window in windows]
-    for quarter in np.array_split(shard_of, 4):
-        assert set(quarter.tolist()) == {0, 1, 2, 3, 4}
-    changes = sum(a != b for a, b in pairwise(shard_of))
-    assert changes > 0.7 * len(shard_of)  # 4 of 5 when the shard is drawn at random
-
-
-def test_groups_bound_how_far_windows_wander(shards):
-    """With two groups, the first half of the epoch reads only the first group's shards."""
-    bounds = np.cumsum([sum(map(len, documents)) for documents in make_documents(5, 40)])
-    stream = small_stream(group_size=2)(shards, T, seed=0)
-    windows = epoch_of(stream, 0)
-    shard_of = [int(np.searchsorted(bounds, min(window), side="right")) for window in windows]
-    assert set(shard_of[:100]).isdisjoint(shard_of[-100:])
 
 
 def test_large_files_count_as_several_shards(make_shards):
@@ -204,7 +167,6 @@ def test_batches_span_epochs(shards):
     assert batch.dtype == np.uint16 and batch.shape == (6, T + 1)
     expected = [stream.window(0, W - 3 + i) for i in range(3)] + [stream.window(1, i) for i in range(3)]
     assert (batch == np.stack(expected)).all()
-    assert (stream.sample(W + 2) == batch[5]).all()
 
 
 def test_golden_order(make_shards):
@@ -218,14 +180,7 @@ def test_golden_order(make_shards):
     assert (TokenStream.part_tokens, TokenStream.group_size) == (100_000_000, 8), ADVICE
 
 
-def test_permutations_are_unrelated():
-    words = [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 0, 0)]
-    orders = [tuple(permutation(50, *word).tolist()) for word in words]
-    assert len(set(orders)) == len(orders)
-    assert all(sorted(order) == list(range(50)) for order in orders)
-
-
-@pytest.mark.parametrize("n", [0, 1, 2, 1000, 100_000])
+@pytest.mark.parametrize("n", [0, 1, 1000, 100_000])
 def test_a_permutation_sorts_the_bits(n):
     key, counter = np.array([3, 4], np.uint64), np.array([0, 0, WINDOWS, 5], np.uint64)
     bits = np.random.Philox(key=key, counter=counter).random_raw(n).tolist()
@@ -270,25 +225,6 @@ def test_memory_is_bounded_by_a_group(shards):
     assert stream._documents.cache_info().misses <= 3 * 5 + 2  # each part is ordered once an epoch, not once a window
 
 
-def test_a_cold_window_of_a_full_shard_is_quick(tmp_path, make_shards):
-    """100k documents of 1,000 tokens, in a sparse file: what costs time is the order, not the tokens."""
-    root = make_shards({"train": [[[1]]]})
-    ends = np.arange(1, 100_001) * 1000
-    (root / "train/00000.ds.index").write_bytes(ends.astype("<u8").tobytes())
-    with (root / "train/00000.ds").open("wb") as file:
-        file.truncate(2 * 100_000_000)
-    manifest = root / "manifest.json"
-    manifest.write_text(
-        manifest.read_text()
-        .replace('"tokens": 2', '"tokens": 100000000')
-        .replace('"documents": 1', '"documents": 100000')
-    )
-    stream = TokenStream(open_split(root, "train"), 1024, seed=0)
-    start = time.perf_counter()
-    stream.window(0, 5)
-    assert time.perf_counter() - start < 0.5  # about 0.03 on an idle core; the limit leaves room for a busy one
-
-
 # StepLoader
 
 
@@ -303,16 +239,7 @@ def steps_of(stream, *args, **options):
         return list(steps)
 
 
-def test_a_step_has_its_shape_and_its_samples(shards):
-    stream = TokenStream(shards, T, seed=0)
-    steps = steps_of(stream, start=2, stop=4)
-    assert len(steps) == 2
-    assert steps[0].dtype == torch.int64 and steps[0].shape == (8, 2, T + 1)
-    assert (steps[1].view(16, T + 1).numpy() == stream.batch(3 * 16, 16)).all()
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-@pytest.mark.parametrize("micro_batch_size", [1, 2])
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 2), (2, 1), (8, 2)])
 def test_global_batches_are_the_same_on_any_topology(shards, world_size, micro_batch_size):
     n_steps = 3 * TokenStream(shards, T, seed=0).n_windows // 16 // 2  # one and a half epochs
     ranks = [
@@ -327,19 +254,10 @@ def test_global_batches_are_the_same_on_any_topology(shards, world_size, micro_b
     ]
     stream = TokenStream(shards, T, seed=0)
     for step, batches in enumerate(zip(*ranks, strict=True)):
+        assert batches[0].dtype == torch.int64
         assert batches[0].shape == (16 // world_size // micro_batch_size, micro_batch_size, T + 1)
         joined = torch.cat([batch.view(-1, T + 1) for batch in batches])
         assert (joined.numpy() == stream.batch(step * 16, 16)).all()
-
-
-def test_ranks_are_disjoint(shards):
-    n_steps = TokenStream(shards, T, seed=0).n_windows // 16
-    seen = Counter()
-    for rank in range(4):
-        for batch in steps_of(TokenStream(shards, T, seed=0), stop=n_steps, rank=rank, world_size=4):
-            seen.update(batch[..., :-1].flatten().tolist())
-    seen.pop(EOT)
-    assert set(seen.values()) == {1}
 
 
 def test_restart_is_the_tail_of_a_straight_run(shards):
@@ -404,10 +322,8 @@ def test_closing_ends_the_thread(shards, wait):
     steps = loader(TokenStream(shards, T, seed=0), stop=10**9)
     next(steps)
     time.sleep(wait)
-    start = time.perf_counter()
     steps.close()
     steps.close()
-    assert time.perf_counter() - start < 1
     assert n_threads() == 0
     assert list(steps) == []
 

@@ -1,6 +1,5 @@
 """The shipped tokenizer against tiktoken's own reading of the published files, and both encoders against each other."""
 
-import base64
 import functools
 import gzip
 import itertools
@@ -158,20 +157,6 @@ def test_saved_files_are_read_by_tools_of_any_age(tmp_path: Path, hugging_face):
     assert len(again("word " * 300, truncation=True)["input_ids"]) == 128
 
 
-def test_from_the_plain_files_the_ids_are_the_same(hugging_face):
-    from tokenizers import ByteLevelBPETokenizer
-
-    plain = ByteLevelBPETokenizer.from_file(str(FOLDER / "vocab.json"), str(FOLDER / "merges.txt"))
-    for text in TEXTS:
-        assert plain.encode(text).ids == hugging_face.encode(text)
-
-
-def test_special_text_in_a_document_is_ordinary_text():
-    tokens = encode_document("a<|endoftext|>b")
-    assert tokens[-1] == EOT and EOT not in tokens[:-1]
-    assert bulk_encoder().decode(tokens[:-1].tolist()) == "a<|endoftext|>b"
-
-
 @pytest.mark.parametrize("space", [" ", "\n", "\n \t", "\u3000", "\x85"])
 @pytest.mark.parametrize("length", [4094, 4095, 4096, 4097, 4098, 20_000])
 def test_long_whitespace_keeps_the_ids(hugging_face, space: str, length: int):
@@ -206,11 +191,6 @@ def test_whitespace_just_below_the_limit_does_not_take_quadratic_time():
 def test_lone_surrogates_are_refused(text: str, message: str):
     with pytest.raises(ValueError, match="lone surrogate " + message):
         encode_document(text)
-
-
-def test_surrogate_pairs_in_json_are_characters(published):
-    text = json.loads('"a\\ud83d\\ude00b"')
-    assert text == "a😀b" and encode_document(text)[:-1].tolist() == published.encode_ordinary("a😀b")
 
 
 def test_all_bytes_and_the_borders_of_utf8_agree():
@@ -285,8 +265,6 @@ def test_awkward_texts_agree(text: str):
 ONE_MEGABYTE = {
     "one letter": lambda draw: "a" * 10**6,
     "letters": lambda draw: "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=10**6)),
-    "digits": lambda draw: "".join(draw.choices("0123456789", k=10**6)),
-    "punctuation": lambda draw: "".join(draw.choices("!#$%&()*+,-./:;<=>?@[]^_`{|}~", k=10**6)),
     "ideographs": lambda draw: "".join(map(chr, draw.choices(range(0x4E00, 0x9FFF), k=10**6 // 3))),
     "mixed": lambda draw: "".join(
         map(chr, draw.choices([*range(33, 127), *range(0x4E00, 0x4F00), *range(0x1F600, 0x1F640)], k=400_000))
@@ -339,11 +317,6 @@ def test_byte_lengths_sum_to_the_length_of_the_text(published):
     assert byte_lengths()[:EOT].tolist() == [len(published.decode_single_token_bytes(i)) for i in range(EOT)]
     for text in TEXTS:
         assert byte_lengths()[encode_document(text)].sum() == len(text.encode())
-
-
-def test_every_byte_has_a_token(published):
-    singles = {base64.b16encode(published.decode_single_token_bytes(i)) for i in range(256)}
-    assert len(singles) == 256
 
 
 def test_hellaswag_is_whole():
@@ -412,15 +385,13 @@ def test_megabytes_of_mixed_text_agree():
         with gzip.open(ASSETS / name, "rt", encoding="utf-8") as file:
             return [json.loads(line) for line in file]
 
-    plays = [play["text"] for play in lines("shakespeare.jsonl.gz")[::5]]
-    items = [item["ctx"] + " " + item["endings"][item["label"]] for item in lines("hellaswag_val.jsonl.gz")]
-    folders = [ROOT / name for name in ("gpt2_hf", "scripts", "tests", "recipes")]
-    files = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".yaml", ".md")]
-    code = [path.read_text(encoding="utf-8") for path in files]
-    assert assert_all_agree(plays) > 1e6
-    assert assert_all_agree(items) > 2e6
+    plays = [play["text"] for play in lines("shakespeare.jsonl.gz")[::10]]
+    items = [item["ctx"] + " " + item["endings"][item["label"]] for item in lines("hellaswag_val.jsonl.gz")[::2]]
+    code = [path.read_text(encoding="utf-8") for path in (ROOT / "gpt2_hf").rglob("*.py")]
+    assert assert_all_agree(plays) > 4e5
+    assert assert_all_agree(items) > 1e6
     assert assert_all_agree(code) > 2e5
-    assert assert_all_agree(babel(seed, 2000) for seed in range(40)) > 1e6
+    assert assert_all_agree(babel(seed, 2000) for seed in range(30)) > 5e5
 
 
 def test_the_plays_are_38_documents_in_order():
