@@ -31,7 +31,7 @@ GROUND = [
     "config",
     "cli",
 ]  # each may import those before it
-HEAVY = ("datatrove", "datasets", "lm_eval", "matplotlib", "tiktoken", "pyarrow", "jsonargparse")
+HEAVY = ("datatrove", "datasets", "lm_eval", "matplotlib", "tiktoken", "pyarrow")
 FILES = [path for path in PACKAGE.rglob("*.py") if "assets" not in path.parts]
 
 

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from gpt2_hf.model import GPTConfig, GPTForCausalLM, GPTModel
 
 flash = pytest.mark.gpu
-BACKENDS = ["eager", "sdpa", "flex_attention", pytest.param("flash_attention_2", marks=flash)]
+BACKENDS = ["eager", "sdpa", "flex_attention", *OURS, pytest.param("flash_attention_2", marks=flash)]
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +38,8 @@ def prepare(attn_implementation: str, **fields):
             pytest.skip("needs a CUDA device and flash-attn")
         ours, stock = pair(attn_implementation, **fields)
         return ours.cuda().bfloat16(), stock.cuda().bfloat16(), "cuda", 2e-2
-    # Stock GPT-2 has no flex_attention.
-    ours, stock = pair(attn_implementation.replace("flex_attention", "sdpa"), **fields)
+    # Stock GPT-2 has no flex_attention, and should not compute with a backend of ours.
+    ours, stock = pair("eager" if attn_implementation == "eager" else "sdpa", **fields)
     ours.set_attn_implementation(attn_implementation)
     return ours, stock, "cpu", 1e-5
 
