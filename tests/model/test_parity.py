@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gpt2_hf.model import GPTConfig, GPTForCausalLM, GPTModel
+from gpt2_hf.model.attention import BACKENDS as OURS
 
 flash = pytest.mark.gpu
 BACKENDS = ["eager", "sdpa", "flex_attention", *OURS, pytest.param("flash_attention_2", marks=flash)]
