@@ -10,9 +10,11 @@ import yaml
 
 from gpt2_hf.cli import parse_cli
 from gpt2_hf.config import RunConfig, TrainSection
+from gpt2_hf.corpus.settings import PrepareConfig
 from gpt2_hf.knobs import ConfigError
 
-RECIPES = sorted(Path(__file__).parent.parent.glob("recipes/*.yaml"))
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
 
 
 def parse(*argv: str) -> RunConfig:
@@ -80,6 +82,12 @@ def test_resolved_config_reads_back_equal(tmp_path, recipe):
     config = parse("--config", recipe, "--train.trackers", "[tensorboard, wandb]")
     (tmp_path / "config.yaml").write_text(config.to_yaml())
     assert parse("--config", str(tmp_path / "config.yaml")) == config
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/data/*.yaml")), ids=lambda path: path.stem)
+def test_recipes_of_corpora_are_valid(path):
+    config = parse_cli(PrepareConfig, ["--config", str(path)])
+    assert config.out == f"data/{path.stem}" and (config.inputs or config.dataset)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
