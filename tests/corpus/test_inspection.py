@@ -343,7 +343,7 @@ def test_what_the_manifest_says_is_shown(make_shards):
 
 
 def test_the_first_batch_is_what_training_gets(make_shards):
-    from gpt2_hf.training.loop import load_steps
+    from gpt2_hf.training.start import Start, load_steps
 
     documents = [random_documents(40, seed=seed) for seed in range(3)]
     root = make_shards({"train": documents})
@@ -359,7 +359,7 @@ def test_the_first_batch_is_what_training_gets(make_shards):
 
     def batch_of(rank, world_size):
         state = SimpleNamespace(process_index=rank, num_processes=world_size, device=SimpleNamespace(type="cpu"))
-        with load_steps(config, data, 0, state) as batches:
+        with load_steps(config, data, Start(), state) as batches:
             return next(iter(batches)).reshape(-1, 9).tolist()
 
     assert batch_of(0, 1) == batch_of(0, 2) + batch_of(1, 2) == windows[:12]
