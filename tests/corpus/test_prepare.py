@@ -367,7 +367,8 @@ def test_a_text_file_larger_than_any_document_is_cut_at_line_ends(tmp_path: Path
     out = tmp_path / "out"
     prepare(PrepareConfig((str(source),), out=str(out), workers=2, val_fraction=0))
     found = documents(out, "train")
-    texts = [load_tokenizer().decode(tokens[:-1]) for tokens in found]
+    decode = load_tokenizer().decode
+    texts = [decode(tokens[:-1]) for tokens in found]
     assert "".join(texts) == text and len(texts) > 5
     assert all(t.endswith("\n") and len(t.encode()) < 3000 for t in texts)
 
