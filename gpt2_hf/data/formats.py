@@ -13,6 +13,7 @@ import codecs
 import hashlib
 import io
 import re
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -38,6 +39,10 @@ PART_TOKENS = 100_000_000
 SEARCH_TOKENS = 2**20
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+# NumPy parses a header as Python, which in Python 3.11 now and then raises SystemError when several threads do so.
+_PARSING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,8 @@ def _npy_layout(path: str, head: bytes) -> tuple[str, int, int]:
     try:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version[0] == 1 else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream)
+        with _PARSING:
+            shape, _, dtype = read(stream)
     except Exception as error:  # NumPy parses it as Python, with many ways to fail
         raise ShardError(f"{path} has a broken NumPy header ({type(error).__name__}): copy it again") from None
     # int16 is too narrow; the wider ones are read as unsigned, so that a negative number is seen as out of range.

@@ -1,6 +1,8 @@
 """Token files of other projects, each written here from its definition."""
 
 import struct
+import threading
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -172,6 +174,21 @@ def test_wide_integers_are_read_if_they_fit(tmp_path, dtype):
     assert epoch_of(wide) == epoch_of(open_split(tmp_path / "narrow.npy", "train"))
     wide.verify()
     assert wide.shards[0].tokens().base is not None  # mapped, not copied
+
+
+def test_one_numpy_header_is_parsed_at_a_time(tmp_path, monkeypatch):
+    """Files are examined by many threads, in which Python 3.11's parser now and then fails."""
+    write_dataset(tmp_path / "data", "build-nanogpt")
+    read, parsing = np.lib.format.read_array_header_1_0, threading.Lock()
+
+    def alone(stream):
+        assert parsing.acquire(blocking=False)
+        time.sleep(0.01)
+        parsing.release()
+        return read(stream)
+
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", alone)
+    assert len(open_split(tmp_path / "data", "train").shards) == 4
 
 
 @pytest.mark.parametrize(("dtype", "bad"), [("<u2", 50257), ("<i4", -1), ("<u4", 65536 + 5), ("<i8", 2**40)])
