@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,31 @@ def unlock(file: IO[Any], close: bool = True) -> None:
         fcntl.flock(file, fcntl.LOCK_UN)
         if close:
             file.close()
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Make a folder this process's own until the returned file, FOLDER/.lock, is closed, or the process ends.
+
+    The file names the process. Where there are no locks, say so and go on.
+
+    Raises:
+        BlockingIOError: when another process has the folder; its text is that process.
+    """
+    file = (folder / ".lock").open("a+")
+    try:
+        is_ours = lock(file, wait=False)
+    except OSError as error:
+        print(f"{folder} cannot be locked ({error.strerror}): take care that only one process writes there")
+        is_ours = True
+    if not is_ours:
+        file.seek(0)
+        holder = file.read(200).strip() or "another process"
+        file.close()
+        raise BlockingIOError(holder)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def sha256(path: Path) -> str:

@@ -136,16 +136,6 @@ def end_with_launcher() -> None:
 
     Otherwise a launcher that was killed would leave training running unseen. Any other parent may go: nohup, tmux.
     """
-    end_with_parent(
-        lambda command: (
-            "python" in os.path.basename(command[0])
-            and bool({os.path.basename(word) for word in command[1:5]} & LAUNCHERS)
-        )
-    )
-
-
-def end_with_parent(is_meant: Callable[[list[str]], bool]) -> None:
-    """Have Linux send SIGTERM to this process when its parent is gone, if that is the one meant by its command line."""
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
@@ -153,7 +143,8 @@ def end_with_parent(is_meant: Callable[[list[str]], bool]) -> None:
         command = Path(f"/proc/{parent}/cmdline").read_text().split("\0")
     except (OSError, ValueError):
         return
-    if not is_meant(command):
+    is_launcher = bool({os.path.basename(word) for word in command[1:5]} & LAUNCHERS)
+    if "python" not in os.path.basename(command[0]) or not is_launcher:
         return
     import ctypes
 

@@ -17,12 +17,12 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ..data.shards import FORMAT, VERSION
-from ..files import lock
+from ..files import lock_folder
 from ..program import UserError
 from .audit import ERRORS
 from .contamination import MarkContaminated
@@ -164,19 +164,13 @@ def _check_same(config: PrepareConfig, done: dict[str, Any]) -> None:
         raise UserError(f"{out} was prepared without {errors}, see {out / 'report.md'}: {REMEDY}")
 
 
-@contextlib.contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Refuse a second preparation into the same folder while one is at work there."""
+def _only_writer(out: Path) -> IO[str]:
+    """Refuse a second preparation into the same folder while one is at work there; until the file is closed."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        try:
-            is_mine = lock(file, wait=False)
-        except OSError as error:
-            print(f"{out} cannot be locked ({error.strerror}): see to it that no other process prepares data there")
-            is_mine = True
-        if not is_mine:
-            raise UserError(f"{out} is being prepared by another process: wait for it, or choose another --out")
-        yield
+    try:
+        return lock_folder(out)
+    except BlockingIOError as holder:
+        raise UserError(f"{out} is being prepared by {holder}: wait for it, or choose another --out") from None
 
 
 def _start_or_resume(out: Path, plan: dict[str, Any], config: PrepareConfig) -> None:

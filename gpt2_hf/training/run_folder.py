@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +22,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from .. import runs
-from ..files import lock
+from ..files import lock_folder
 from ..knobs import ConfigError
 from ..program import UserError
 
@@ -74,6 +73,11 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(self.path)
+        except BlockingIOError as holder:
+            raise ConfigError(
+                f"{self.path} is being written by {holder}, perhaps one whose launcher was stopped; end that one, or "
+                f"choose another --train.run_dir"
+            ) from None
         except OSError as error:
             raise ConfigError(f"train.run_dir {self.path} cannot be used: {error.strerror}; choose another") from None
         finally:
@@ -167,34 +171,6 @@ def agree(state: PartialState, find: Callable[[], T]) -> T:
     if isinstance(answer[0], UserError):
         raise answer[0]
     return answer[0]
-
-
-def lock_folder(folder: Path) -> IO[str]:
-    """Make the folder this process's own until the returned file is closed, or the process ends in whatever way.
-
-    Where there are no locks, say so and go on.
-
-    Raises:
-        ConfigError: when another process has the folder.
-    """
-    file = (folder / ".lock").open("a+")
-    try:
-        is_ours = lock(file, wait=False)
-    except OSError as error:
-        print(f"{folder} cannot be locked ({error.strerror}): take care that only one process trains there")
-        is_ours = True
-    if not is_ours:
-        file.seek(0)
-        holder = file.read(200).strip() or "another process"
-        file.close()
-        raise ConfigError(
-            f"{folder} is being written by {holder}, perhaps one whose launcher was stopped; end that one, or choose "
-            f"another --train.run_dir"
-        )
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
 
 
 def mask(text: str) -> str:

@@ -6,7 +6,8 @@ Each test compares with stock GPT2LMHeadModel of equal weights, or with a calcul
 import pytest
 import torch
 import torch.nn.functional as F
-from test_generation import EOS, VOCAB, byte_tokenizer, one_thread  # noqa: F401  one_thread: a fixture
+from test_generation import EOS, VOCAB, byte_tokenizer
+from test_generation import one_thread as one_thread  # a fixture
 from test_model import assert_equal_logits, pair
 from transformers import (
     DataCollatorWithFlattening,

@@ -12,7 +12,8 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
-from test_train import data, losses, run, tiny  # noqa: F401  # a fixture
+from test_train import data as data  # a fixture
+from test_train import losses, run, tiny
 
 from gpt2_hf.model import GPTConfig, GPTForCausalLM, modeling_gpt, versions
 from gpt2_hf.model.loss import LossKernels
@@ -126,14 +127,14 @@ def test_nothing_is_checked_under_tested_releases(monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [{}, {"model__dropout": 0.1, "data__document_mask": True}])
-def test_a_sound_run_is_as_it_was(newer, data, tmp_path, changes):  # noqa: F811
+def test_a_sound_run_is_as_it_was(newer, data, tmp_path, changes):
     checked = losses(run(tiny(data, tmp_path / "checked", train__steps=2, **changes)))
     versions.NEWEST_TESTED["transformers"] = "999"
     assert losses(run(tiny(data, tmp_path / "plain", train__steps=2, **changes))) == checked
 
 
 @pytest.mark.parametrize("what", ["loss", "attention"])
-def test_a_wrong_first_step_is_an_error(newer, data, tmp_path, monkeypatch, what):  # noqa: F811
+def test_a_wrong_first_step_is_an_error(newer, data, tmp_path, monkeypatch, what):
     if what == "loss":
         kernel = LossKernels.exponentiate
         monkeypatch.setattr(LossKernels, "exponentiate", staticmethod(lambda *a: tuple(1.1 * x for x in kernel(*a))))

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-matplotlib = pytest.importorskip("matplotlib")
+from gpt2_hf.reporting.curves import ReportError, build_figure, format_tokens, plot_curves, plot_runs, read_run
 
-from gpt2_hf.reporting.curves import ReportError, build_figure, format_tokens, plot_curves, plot_runs, read_run  # noqa: E402
+matplotlib = pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
 
