@@ -60,7 +60,12 @@ def train(config: RunConfig) -> Path:
         with closing(parts.log), advice_on_memory(config, state.num_processes):
             loop(config, parts)
             save_final(parts)
-        parts.accelerator.end_training()
+        accelerator = parts.accelerator
+        # The model goes before the process group does. Were DDP the last to hold it, gloo's thread would be waited for
+        # with Python's lock held, for which that thread may be waiting: the process would never end.
+        del parts
+        accelerator.free_memory()
+        accelerator.end_training()
     return folder.final
 
 

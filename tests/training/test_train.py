@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
@@ -26,6 +28,7 @@ from gpt2_hf.files import lock_folder
 from gpt2_hf.knobs import ConfigError
 from gpt2_hf.model.loss import LossKernels
 from gpt2_hf.runs import read_rows
+from gpt2_hf.training import build
 from gpt2_hf.training import loop as training
 from gpt2_hf.training.loop import train, train_step
 from gpt2_hf.training.metrics import Throughput
@@ -337,6 +340,26 @@ def test_without_checkpoints_and_validation(data, tmp_path):
     assert (tmp_path / "run" / "final").exists() and not (tmp_path / "run" / "checkpoints").exists()
     with pytest.raises(ShardError, match="no split 'val'"):
         train(tiny(data, tmp_path / "other", eval__val_every=1))
+
+
+def test_nothing_holds_the_model_when_the_process_group_ends(data, tmp_path, monkeypatch):
+    """DDP, freed after its process group, now and then waited for ever: gloo's thread wants the lock that it holds."""
+    models, alive = [], []
+    build_model, end_training = build.build_model, Accelerator.end_training
+
+    def built(*arguments):
+        model = build_model(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    def ended(accelerator):
+        alive.extend(ref() is not None for ref in models)
+        end_training(accelerator)
+
+    monkeypatch.setattr(build, "build_model", built)
+    monkeypatch.setattr(Accelerator, "end_training", ended)
+    train(tiny(data, tmp_path / "run", train__steps=2, eval__val_every=2, checkpoint__save_every=2))
+    assert alive == [False]
 
 
 @pytest.mark.slow
