@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -47,31 +47,54 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     An older folder of that name is replaced, but for files in it that are not a model's. An error in ``write`` leaves
     no trace, nor does an earlier kill.
     """
-    temporary = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.rmtree(_doomed(folder), ignore_errors=True)
-    temporary.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = begin_folder(folder)
     try:
         write(temporary)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        entries = {
-            path.relative_to(temporary).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in files
-        }
-        (temporary / MANIFEST).write_text(json.dumps(entries, indent=1))
-        if folder.is_dir() and not folder.is_symlink():
-            _keep_foreign(folder, temporary)
-        for path in (*temporary.rglob("*"), temporary):
-            if not path.is_symlink():
-                to_disk(path)
-        if os.path.lexists(folder):
-            _delete(folder)
-        os.replace(temporary, folder)
-        _known_whole.add(_stamp(folder))
-        to_disk(folder.parent)
+        finish_folder(folder, temporary, describe_files(temporary))
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        drop_unfinished(folder)
         raise
+
+
+def begin_folder(folder: Path) -> Path:
+    """Where to write what is to become ``folder``: an empty one beside it. Raises OSError."""
+    drop_unfinished(folder)
+    shutil.rmtree(_doomed(folder), ignore_errors=True)
+    _unfinished(folder).mkdir()
+    return _unfinished(folder)
+
+
+def drop_unfinished(folder: Path) -> None:
+    """Delete what was being written to become ``folder``."""
+    shutil.rmtree(_unfinished(folder), ignore_errors=True)
+
+
+def describe_files(folder: Path, names: Iterable[str] | None = None) -> dict[str, dict[str, Any]]:
+    """These files' part of a manifest (all that ``folder`` has by default), when they have reached the disk."""
+    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    entries = {}
+    for name in sorted(found if names is None else names):
+        path = folder / name
+        entries[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        to_disk(path)
+    return entries
+
+
+def finish_folder(folder: Path, temporary: Path, entries: dict[str, dict[str, Any]]) -> None:
+    """Give a folder that is complete but for its manifest the name that promises a whole one."""
+    (temporary / MANIFEST).write_text(json.dumps(entries, indent=1))
+    described = {temporary / name for name in entries}
+    if folder.is_dir() and not folder.is_symlink():
+        _keep_foreign(folder, temporary)
+    for path in (*temporary.rglob("*"), temporary):
+        if path not in described and not path.is_symlink():
+            to_disk(path)
+    if os.path.lexists(folder):
+        _delete(folder)
+    os.replace(temporary, folder)
+    _known_whole.add(_stamp(folder))
+    to_disk(folder.parent)
 
 
 def is_stock(name: str) -> bool:
@@ -252,6 +275,10 @@ def _keep_foreign(old: Path, new: Path) -> None:
             shutil.copytree(path, new / path.name, symlinks=True, dirs_exist_ok=True)
         elif not os.path.lexists(new / path.name):
             shutil.copy2(path, new / path.name, follow_symlinks=False)
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.writing")
 
 
 def _doomed(folder: Path) -> Path:

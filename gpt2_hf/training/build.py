@@ -31,6 +31,7 @@ from ..model import GPTForCausalLM
 from ..model.loss import LossKernels
 from ..model.versions import check_first_step
 from . import checkpoint
+from .distributed import Host, distribute, hide_shards_from_accelerate, sharding_mesh
 from .measures import Measures, build_document_mask
 from .metrics import RunLog, Throughput, flops_per_token
 from .optim import build_optimizers
@@ -65,6 +66,7 @@ class Parts:
     throughput: Throughput
     log: RunLog
     watch: Watch
+    saver: checkpoint.Saver
     identity: dict[str, Any]
 
     @property
@@ -76,13 +78,17 @@ def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state:
     """Make the parts in the order in which they need each other, with the state of ``start`` in them."""
     transformers.utils.logging.disable_progress_bar()  # bars for saving and loading would break ours
     precision = set_precision(config, state.device)
+    host, mesh = Host(state), sharding_mesh(state)
+    if mesh is not None and precision == "fp16":
+        raise ConfigError("train.precision fp16 needs the whole model on each GPU: leave FSDP out, or use bf16 or fp32")
     accelerator = build_accelerator(config, precision)
     bare_model = build_model(config, start.checkpoint, accelerator, precision)
     tokenizer = load_tokenizer()
+    model = distribute(bare_model, accelerator, mesh, DTYPES[precision])
     optimizers = build_optimizers(bare_model, config.optim, state.device)
-    model, *_ = accelerator.prepare(bare_model, *optimizers)
+    accelerator.prepare(*optimizers)
     if start.checkpoint:
-        saved = checkpoint.load_trainer_state(start.checkpoint, bare_model, optimizers)
+        saved = checkpoint.load_trainer_state(start.checkpoint, bare_model, optimizers, host)
         if accelerator.scaler is not None and saved["scaler"]:  # the last start may have had another precision
             accelerator.scaler.load_state_dict(saved["scaler"])
     measures = Measures(config, accelerator, bare_model, tokenizer, data.val, DTYPES[precision])
@@ -90,6 +96,7 @@ def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state:
     throughput = build_throughput(config, accelerator, bare_model, precision)
     log = open_log(config, accelerator, folder, start.step, data.train, precision)
     check_first_step(bare_model)
+    saver = checkpoint.Saver(host, bare_model, optimizers, tokenizer, warn=log.say)
     folder.step, folder.newest = start.step, start.checkpoint
     return Parts(
         config=config,
@@ -105,7 +112,8 @@ def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state:
         measures=measures,
         throughput=throughput,
         log=log,
-        watch=Watch(accelerator, bare_model, folder),
+        watch=Watch(accelerator, bare_model, folder, saver.wait),
+        saver=saver,
         identity=identity(config, data.train),
     )
 
@@ -133,6 +141,7 @@ def build_accelerator(config: RunConfig, precision: str) -> Accelerator:
     missing = set(config.train.trackers) - {str(tracker) for tracker in get_available_trackers()}
     if missing:
         raise ConfigError(f"train.trackers: {', '.join(sorted(missing))} is unknown or not installed")
+    hide_shards_from_accelerate()
     accelerator = Accelerator(
         mixed_precision=precision if precision in ("bf16", "fp16") else "no",
         gradient_accumulation_steps=1,  # train_step scales the loss itself

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..data.documents import DocumentMask
 from ..program import last_words
 from .build import Parts, build
 from .checkpoint import save, save_final
+from .distributed import clip, exchange
 from .metrics import is_due, peak_memory_gb
 from .optim import lr_at, set_lr, step_optimizers
 from .preflight import check_environment, check_launcher, check_run
@@ -57,7 +58,7 @@ def train(config: RunConfig) -> Path:
             state.print(folder.already_finished())
             return folder.final
         parts = build(config, data, start, folder, state)
-        with closing(parts.log), advice_on_memory(config, state.num_processes):
+        with closing(parts.log), closing(parts.saver), advice_on_memory(config, state.num_processes):
             loop(config, parts)
             save_final(parts)
         accelerator = parts.accelerator
@@ -131,12 +132,12 @@ def train_step(
         if config.model.dropout:
             seed_dropout(config.train.seed, step, first_sample + micro_step * micro_batch_size)
         is_last = micro_step == n_micro_steps - 1
-        with nullcontext() if is_last else accelerator.no_sync(model):
+        with exchange(model, now=is_last):
             n_items = n_micro_steps * labels.numel()
             loss = model(input_ids, shift_labels=labels, num_items_in_batch=n_items, **apart).loss
             accelerator.backward(loss)
         total = total + loss.detach()
-    grad_norm = accelerator.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+    grad_norm = clip(accelerator, model, config.optim.max_grad_norm)
     step_optimizers(optimizers, accelerator.scaler, grad_norm)
     return total, grad_norm
 

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..config import RunConfig
 from ..data.tokenizer import load_tokenizer
 from ..knobs import ConfigError, shown
+from .distributed import group_sizes, wants_shards
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container on Linux
 
@@ -37,10 +38,8 @@ WORDS = {
 
 # Accelerate's engines that would shard or wrap the model in their own way, by the variable that switches each on.
 ENGINES = {
-    "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
 
 
@@ -78,7 +77,7 @@ def check_run(config: RunConfig, state: PartialState) -> None:
     """Say what is odd, and refuse what cannot be done here. Raises ConfigError."""
     config.grad_accum_steps(state.num_processes)
     check_attention(config.model.attn_implementation)
-    n_shards = state.num_processes if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes") else 1
+    n_shards = group_sizes(state.num_processes)[1] if wants_shards() else 1
     check_memory(config, memory_of(state.device), state.num_processes, n_shards)
     check_prompt(config)
     for line in config.remarks():

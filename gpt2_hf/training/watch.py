@@ -6,7 +6,7 @@ import errno
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -38,8 +38,11 @@ class Watch:
     measured, because the loss of a step says nothing about the update that the step ends with.
     """
 
-    def __init__(self, accelerator: Accelerator, model: GPTForCausalLM, folder: RunFolder):
+    def __init__(
+        self, accelerator: Accelerator, model: GPTForCausalLM, folder: RunFolder, finish_saving: Callable[[], object]
+    ):
         self.accelerator, self.model, self.folder = accelerator, model, folder
+        self._finish_saving = finish_saving  # so that the folder knows its newest checkpoint
         self.limit = math.log(model.config.vocab_size) + MARGIN
         self._high = torch.zeros((), device=accelerator.device)  # steps on end whose loss is above the limit
         self._first: Tensor | None = None
@@ -89,6 +92,7 @@ class Watch:
 
     def _stop(self, what: str) -> None:
         advice = "a lower --optim.lr and --optim.muon_lr, or look at the data near this step"
+        self._finish_saving()
         newest = self.folder.newest
         if newest is None:
             way_on = f"no checkpoint was saved: start again with {advice}"

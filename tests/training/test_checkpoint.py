@@ -12,6 +12,7 @@ from gpt2_hf.knobs import ConfigError
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
 from gpt2_hf.runs import write_folder
 from gpt2_hf.training import checkpoint
+from gpt2_hf.training.distributed import Host
 from gpt2_hf.training.optim import build_optimizers
 from gpt2_hf.training.start import find_start
 
@@ -32,17 +33,18 @@ def test_optimizer_state_returns_exactly_and_new_settings_win(tmp_path, name):
 
     model, optimizers = build(1e-3)
     update(model, optimizers, 1)
-    checkpoint.write_trainer_state(tmp_path, checkpoint.trainer_state(model, optimizers), {"step": 1})
+    host = Host(PartialState(cpu=True))
+    checkpoint.write_trainer_state(tmp_path, checkpoint.optimizer_tensors(model, optimizers), {"step": 1}, host)
     other, other_optimizers = build(1e-3)
     other.load_state_dict(model.state_dict())
-    assert checkpoint.load_trainer_state(tmp_path, other, other_optimizers) == {"step": 1}
+    assert checkpoint.load_trainer_state(tmp_path, other, other_optimizers, host) == {"step": 1}
     assert json.loads((tmp_path / "trainer_state" / "state.json").read_text()) == {"step": 1}
     for m, o in ((model, optimizers), (other, other_optimizers)):
         update(m, o, 2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
     changed, changed_optimizers = build(5e-4)
-    checkpoint.load_trainer_state(tmp_path, changed, changed_optimizers)
+    checkpoint.load_trainer_state(tmp_path, changed, changed_optimizers, host)
     assert {g["peak_lr"] for o in changed_optimizers for g in o.param_groups} == {5e-4}
 
 

@@ -56,7 +56,7 @@ def test_the_folder_is_held_from_first_to_last(data, tmp_path, monkeypatch):
             lock_folder(tmp_path / "run")
         tried.append(True)
 
-    for module, name in ((training, "open_data"), (build, "build_model"), (checkpoint, "write_model")):
+    for module, name in ((training, "open_data"), (build, "build_model"), (checkpoint, "write_settings")):
         made = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, made=made, **k: is_held() or made(*a, **k))
     run(tiny(data, tmp_path / "run", train__steps=2, checkpoint__save_every=0))

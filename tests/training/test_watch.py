@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from accelerate.state import AcceleratorState
 from conftest import write_shards
 from safetensors.torch import load_file, save_file
@@ -283,31 +284,44 @@ def test_dropout_turned_off_is_off(begun, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "a" / "final" / "config.json").read_text())["resid_pdrop"] == 0
 
 
-@pytest.mark.parametrize(
-    "limit", [1000, 70_000, 150_000, 4_000_000], ids=["config", "weights", "tokenizer", "optimizer"]
-)
-def test_full_disks_are_told_by_their_name_whoever_writes(data, tmp_path, monkeypatch, limit):
-    """Files that may not grow beyond a limit fail as on a full disk."""
-    if limit == 4_000_000:  # weights, tokenizer.json and the moments are written in this order
-        monkeypatch.setattr(checkpoint, "write_model", lambda *_: None)
-        limit = 100_000
-    config = tiny(data, tmp_path / "run", train__steps=4, checkpoint__save_every=2)
-    write, (soft, hard) = runs.write_folder, resource.getrlimit(resource.RLIMIT_FSIZE)
+@pytest.mark.parametrize("limit", [1000, 100_000, 1_000_000], ids=["settings", "state", "tokenizer"])
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(data, tmp_path, monkeypatch, capsys, limit):
+    """Files that may not grow beyond a limit fail as on a full disk, while one checkpoint is written."""
+    config = tiny(data, tmp_path / "run", train__steps=6, checkpoint__save_every=2)
+    write, (soft, hard) = checkpoint.Saver._write, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def write_on_little_space(folder: Path, put) -> None:
+    def write_on_little_space(saver, place: Path, *rest) -> None:
         try:
-            if folder.name == "step-00000004":
+            if place.name == "step-00000004":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-            write(folder, put)
+            write(saver, place, *rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            written.append(sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()))
+
+    written: list[list[str]] = []
+    monkeypatch.setattr(checkpoint.Saver, "_write", write_on_little_space)
+    train(config)
+    assert written[1] == ["step-00000002"] and folders(tmp_path / "run") == ["step-00000002", "step-00000006"]
+    assert all(runs.damage(path) is None for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert "step-00000004 could not be written (File too large)" in capsys.readouterr().out
+
+
+def test_a_model_that_the_disk_does_not_take_is_an_error(data, tmp_path, monkeypatch):
+    config = tiny(data, tmp_path / "run", train__steps=4, checkpoint__save_every=2)
+    write, (soft, hard) = checkpoint.Saver._write, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write_on_little_space(saver, place: Path, *rest) -> None:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if place.name == "final" else soft, hard))
+            write(saver, place, *rest)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    monkeypatch.setattr(checkpoint, "write_folder", write_on_little_space)
-    words = rf"^the disk of {tmp_path}/run is full.* at step 4; the next start goes on from .*step-00000002\)"
+    monkeypatch.setattr(checkpoint.Saver, "_write", write_on_little_space)
+    words = rf"^the disk of {tmp_path}/run is full.* at step 4; the next start goes on from .*step-00000004\)"
     with pytest.raises(UserError, match=words):
         train(config)
-    assert folders(tmp_path / "run") == ["step-00000002"]
-    assert runs.damage(tmp_path / "run" / "checkpoints" / "step-00000002") is None
 
 
 @pytest.mark.parametrize("variable", ENGINES)
@@ -329,5 +343,5 @@ def test_the_launchers_environment_changes_nothing(data, tmp_path, monkeypatch):
         found = [load_file(tmp_path / name / folder / "model.safetensors") for name in ("plain", "run")]
         assert found[0].keys() == found[1].keys() and not any("_orig_mod" in key for key in found[1])
         assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
-    state = torch.load(tmp_path / "run" / "checkpoints" / "step-00000003" / "trainer_state" / "optimizer.pt")
-    assert "_orig_mod" not in repr(state)
+    state = dcp.FileSystemReader(tmp_path / "run" / "checkpoints" / "step-00000003" / "trainer_state").read_metadata()
+    assert "transformer.h.0.ln_1.weight.exp_avg" in state.state_dict_metadata and "_orig_mod" not in repr(state)
