@@ -46,10 +46,7 @@ if TYPE_CHECKING:
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 STATE = f"{TRAINER_STATE}/state.json"
-OLD_  # It says so of every single process.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-
-STATE = f"{TRAINER_STATE}/optimizer.pt"  # until the end of 2026: all of it, by torch.save
+OLD_STATE = f"{TRAINER_STATE}/optimizer.pt"  # until the end of 2026: all of it, by torch.save
 WEIGHT_FILE_BYTES = 2 * 10**9
 
 
