@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -42,7 +43,8 @@ def save(parts: Parts, step: int) -> None:
     def write(path: Path) -> None:
         write_model(path, parts.bare_model, weights, parts.tokenizer)
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        write_trainer_state(path, optimizer_state, parts.identity | {"step": step, "scaler": scaler})
+        state = {"step": step, "data_offset": parts.start.data_offset, "scaler": scaler, **parts.watch.state()}
+        write_trainer_state(path, optimizer_state, parts.identity | state)
 
     if accelerator.is_main_process:
         write_folder(place, write)
@@ -104,6 +106,16 @@ def load_trainer_state(folder: Path, model: nn.Module, optimizers: Sequence[Opti
     for group, setting in zip(groups, settings, strict=True):
         group.update(setting)
     return read_state(folder)
+
+
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Put a checkpoint's weights into a live model, in place."""
+    weights: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        weights |= load_file(file)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # a tied head appears once, as in the file
+            parameter.copy_(weights[name])
 
 
 def read_state(folder: Path) -> dict[str, Any]:

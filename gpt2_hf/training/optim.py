@@ -45,9 +45,9 @@ def build_optimizers(model: nn.Module, config: OptimSection, device: torch.devic
         group(matrices - for_muon, config.weight_decay, config.lr),
         group(named.keys() - matrices, 0.0, config.lr),
     ]
-    # Fused AdamW is one kernel per group instead of a dozen per tensor.
-    fused = device.type in ("cuda", "cpu")
-    optimizers: list[Optimizer] = [AdamW(adam_groups, betas=config.betas, eps=config.eps, fused=fused)]
+    # Fused AdamW is one kernel per group instead of a dozen per tensor, and the only kind that can be told on the
+    # device to skip a step.
+    optimizers: list[Optimizer] = [AdamW(adam_groups, betas=config.betas, eps=config.eps, fused=True)]
     if for_muon:
         optimizers.append(Muon([group(for_muon, config.weight_decay, config.muon_lr)], momentum=config.muon_momentum))
     grouped = [id(p) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]]
@@ -63,21 +63,19 @@ def set_lr(optimizers: Iterable[Optimizer], share: float) -> None:
 
 
 def step_optimizers(optimizers: Sequence[Optimizer], scaler: torch.amp.GradScaler | None, grad_norm: Tensor) -> None:
-    """Update with each optimizer and clear its gradients; under fp16 a step that overflowed is skipped by all of them.
+    """Update with each optimizer and clear its gradients; a step whose gradients are not finite changes nothing.
 
-    Not by Accelerate's wrappers: each updates the scaler, after which the next unscales its gradients a second time.
+    The host does not wait to hear whether it did: each optimizer finds the verdict in ``found_inf``, where a gradient
+    scaler would put its own. The scaler is only told to go on: it judges each optimizer's gradients apart, while
+    clipping has divided all of them by one norm. (Nor do Accelerate's wrappers step: each would update the scaler.)
 
     Args:
-        grad_norm: of all parameters, unscaled. The scaler judges each optimizer's gradients apart, but clipping has
-            divided all of them by this: where it is not finite, none is fit to use.
+        grad_norm: of all parameters, (), on every rank the same; of unscaled gradients.
     """
-    # One optimizer's verdict is that on all gradients, and is not waited for.
-    overflowed = scaler is not None and len(optimizers) > 1 and not math.isfinite(grad_norm)
+    found_inf = (~grad_norm.isfinite()).float()
     for optimizer in optimizers:
-        if scaler is None:
-            optimizer.step()
-        elif not overflowed:
-            scaler.step(optimizer)
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if scaler is not None:
         scaler.update()
@@ -112,7 +110,12 @@ class Muon(Optimizer):
     Args:
         params: groups of 2-D parameters with ``lr`` and ``weight_decay`` (decoupled).
         momentum: of the Nesterov average of gradients.
+
+    Attributes:
+        found_inf: as fused AdamW's: where this tensor, (), holds 1, a step changes neither weights nor momentum.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, params: Any, lr: float = 6e-4, momentum: float = 0.95, weight_decay: float = 0.1):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -129,7 +132,7 @@ class Muon(Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p)
                 buffer = state["momentum_buffer"]
-                buffer.lerp_(p.grad, 1 - group["momentum"])
+                self._replace(buffer, buffer.lerp(p.grad, 1 - group["momentum"]))
                 update = p.grad.lerp(buffer, group["momentum"])
                 side_by_side = p.shape[1] // p.shape[0] if p.shape[1] == 3 * p.shape[0] else 1
                 for part, part_update in zip(p.chunk(side_by_side, 1), update.chunk(side_by_side, 1), strict=True):
@@ -141,6 +144,10 @@ class Muon(Optimizer):
                 # AdamW's updates have a root mean square of 0.2 to 0.4; an orthogonal matrix has 1 / sqrt(longer side).
                 scale = 0.2 * math.sqrt(max(shape))
                 for (part, _), direction in zip(pairs, directions, strict=True):
-                    part.mul_(1 - group["lr"] * group["weight_decay"])
-                    part.add_(direction.to(part.dtype), alpha=-group["lr"] * scale)
+                    decayed = part * (1 - group["lr"] * group["weight_decay"])
+                    self._replace(part, decayed.add_(direction.to(part.dtype), alpha=-group["lr"] * scale))
         return loss
+
+    def _replace(self, old: Tensor, new: Tensor) -> None:
+        """Put ``new`` in the place of ``old``, unless the step is skipped."""
+        old.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, old, new))
