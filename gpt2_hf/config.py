@@ -135,6 +135,12 @@ class TrainSection(Knobs):
         overfit_batch: train on the first batch only, for debugging: the loss must go to zero.
         log_every: steps between rows of training metrics.
         trackers: any of tensorboard, wandb, trackio, through Accelerate.
+        check_kernels: before the first step, compare loss and gradients of the fast kernels with plain ones, and take
+            others where they differ.
+        max_bad_steps: so many steps in a row whose update was skipped (loss or gradients were not finite), or whose
+            loss is far above those before, and training has diverged.
+        on_divergence: rewind to the newest checkpoint from before and pass over the data since, or stop.
+        max_rewinds: so many rewinds without a newer checkpoint in between; then the run stops.
     """
 
     _prefix: ClassVar[str] = "train."
@@ -152,6 +158,10 @@ class TrainSection(Knobs):
     overfit_batch: bool = False
     log_every: Count = 10
     trackers: list[str] = field(default_factory=list)
+    check_kernels: bool = True
+    max_bad_steps: Count = 10
+    on_divergence: Literal["rewind", "stop"] = "rewind"
+    max_rewinds: Interval = 3
 
 
 @dataclass(frozen=True)

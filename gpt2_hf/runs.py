@@ -91,7 +91,7 @@ def finish_folder(folder: Path, temporary: Path, entries: dict[str, dict[str, An
         if path not in described and not path.is_symlink():
             to_disk(path)
     if os.path.lexists(folder):
-        _delete(folder)
+        delete(folder)
     os.replace(temporary, folder)
     _known_whole.add(_stamp(folder))
     to_disk(folder.parent)
@@ -213,7 +213,7 @@ def prune(root: Path, keep_last: int, keep_every: int) -> None:
         if n_whole < keep_last:
             n_whole += _is_whole(path)
         elif not keep_every or step % keep_every:
-            _delete(path)
+            delete(path)
 
 
 def remove_leftovers(run: Path) -> None:
@@ -285,7 +285,8 @@ def _doomed(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.deleting")
 
 
-def _delete(folder: Path) -> None:
+def delete(folder: Path) -> None:
+    """Delete a model's folder, or what stands in its place."""
     if folder.is_symlink() or not folder.is_dir():
         folder.unlink()
         return

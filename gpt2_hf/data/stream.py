@@ -21,7 +21,8 @@ in memory. A large file counts as several shards of about 100M tokens, cut betwe
 
 Global sample g, counted from the start of the run, is window g % n_windows of epoch g // n_windows. Step s takes
 samples sG ... (s + 1)G - 1 for a global batch of G, across the end of an epoch if need be, and each rank takes its own
-slice of those: no sample depends on how many ranks there are.
+slice of those: no sample depends on how many ranks there are. A run that has passed over data, because it diverged
+there, takes all later samples by so many further on.
 """
 
 import mmap
@@ -230,7 +231,8 @@ class StepLoader(Iterator[torch.Tensor]):
     """The batches of one rank for the steps start_step ... stop_step - 1, read ahead by a thread.
 
     Each item is one step: (grad_accum_steps, B, T + 1) int64, where B is micro_batch_size: the rank's contiguous slice
-    of the step's samples. Batch sizes are in samples. pin_memory needs CUDA and pins for fast copies.
+    of the step's samples. Batch sizes are in samples. Sample k of step s is number data_offset + s G + k of the stream,
+    for a global batch of G. pin_memory needs CUDA and pins for fast copies.
 
     An error in the thread is raised by the next step asked for. Use it as a context manager, or call close():
 
@@ -246,6 +248,7 @@ class StepLoader(Iterator[torch.Tensor]):
         *,
         global_batch_size: int,
         micro_batch_size: int,
+        data_offset: int = 0,
         rank: int = 0,
         world_size: int = 1,
         pin_memory: bool = False,
@@ -265,7 +268,7 @@ class StepLoader(Iterator[torch.Tensor]):
         device = torch.cuda.current_device() if pin_memory else None
 
         def read(step: int) -> torch.Tensor:
-            first = step * global_batch_size + rank * rank_batch_size
+            first = data_offset + step * global_batch_size + rank * rank_batch_size
             batch = torch.from_numpy(stream.batch(first, rank_batch_size).astype(np.int64))
             batch = batch.view(-1, micro_batch_size, stream.seq_len + 1)
             if device is None:

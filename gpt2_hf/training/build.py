@@ -48,6 +48,7 @@ class Parts:
 
     Attributes:
         model: as Accelerate has prepared it, for training; ``bare_model`` is the same weights without its wrapper.
+        host: the ranks' talk about small things.
         documents: keeps the documents of a window apart; None where the recipe doesn't ask for it.
         identity: what a checkpoint of this run must say of it.
     """
@@ -56,6 +57,7 @@ class Parts:
     data: Data
     start: Start
     folder: RunFolder
+    host: Host
     accelerator: Accelerator
     model: nn.Module
     bare_model: GPTForCausalLM
@@ -87,14 +89,13 @@ def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state:
     model = distribute(bare_model, accelerator, mesh, DTYPES[precision])
     optimizers = build_optimizers(bare_model, config.optim, state.device)
     accelerator.prepare(*optimizers)
+    watch = Watch(config, accelerator, bare_model)
     if start.checkpoint:
-        saved = checkpoint.load_trainer_state(start.checkpoint, bare_model, optimizers, host)
-        if accelerator.scaler is not None and saved["scaler"]:  # the last start may have had another precision
-            accelerator.scaler.load_state_dict(saved["scaler"])
+        load_trainer_state(start.checkpoint, host, accelerator, bare_model, optimizers, watch)
     measures = Measures(config, accelerator, bare_model, tokenizer, data.val, DTYPES[precision])
     documents = build_document_mask(config, data.train, bare_model, DTYPES[precision])
     throughput = build_throughput(config, accelerator, bare_model, precision)
-    log = open_log(config, accelerator, folder, start.step, data.train, precision)
+    log = open_log(config, accelerator, folder, start, data.train, precision)
     check_first_step(bare_model)
     saver = checkpoint.Saver(host, bare_model, optimizers, tokenizer, warn=log.say)
     folder.step, folder.newest = start.step, start.checkpoint
@@ -103,6 +104,7 @@ def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state:
         data=data,
         start=start,
         folder=folder,
+        host=host,
         accelerator=accelerator,
         model=model,
         bare_model=bare_model,
@@ -112,10 +114,25 @@ def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state:
         measures=measures,
         throughput=throughput,
         log=log,
-        watch=Watch(accelerator, bare_model, folder, saver.wait),
+        watch=watch,
         saver=saver,
         identity=identity(config, data.train),
     )
+
+
+def load_trainer_state(
+    folder: Path,
+    host: Host,
+    accelerator: Accelerator,
+    model: GPTForCausalLM,
+    optimizers: Sequence[Optimizer],
+    watch: Watch,
+) -> None:
+    """Put into the parts what a checkpoint says of them, beside the weights."""
+    saved = checkpoint.load_trainer_state(folder, model, optimizers, host)
+    if accelerator.scaler is not None and saved["scaler"]:  # the last start may have had another precision
+        accelerator.scaler.load_state_dict(saved["scaler"])
+    watch.restart(saved)
 
 
 def set_precision(config: RunConfig, device: torch.device) -> str:
@@ -223,27 +240,30 @@ def open_log(
     config: RunConfig,
     accelerator: Accelerator,
     folder: RunFolder,
-    start_step: int,
+    start: Start,
     data: ShardSet,
     precision: str,
 ) -> RunLog:
     """Write down what the run is, start the trackers, and open metrics.jsonl."""
     run_dir = folder.path
-    folder.record(config.to_yaml(), environment(accelerator, data, precision), start_step)
+    folder.record(config.to_yaml(), environment(accelerator, data, precision), start.step)
     accelerator.wait_for_everyone()
     if config.train.trackers:
         settings = flat(mask(config.to_yaml()))
         accelerator.init_trackers("gpt2_hf", config={key: str(value) for key, value in settings.items()})
     steps, batch = config.train.steps, config.train.global_batch_tokens
-    if start_step:
-        accelerator.print(f"resuming from {run_dir / 'checkpoints' / f'step-{start_step:08d}'}")
+    if start.checkpoint:
+        accelerator.print(f"resuming from {start.checkpoint}")
     accelerator.print(
-        f"{data.n_tokens:,} training tokens; steps {start_step:,} to {steps:,} of {batch:,} tokens = "
+        f"{data.n_tokens:,} training tokens; steps {start.step:,} to {steps:,} of {batch:,} tokens = "
         f"{config.train.micro_batch_size} x {config.data.seq_len} x {accelerator.num_processes} processes x "
         f"{config.grad_accum_steps(accelerator.num_processes)} accumulated; {steps * batch / data.n_tokens:.2f} epochs"
     )
     track = accelerator.log if config.train.trackers else None
-    return RunLog(run_dir, start_step, steps, batch, accelerator.is_main_process, track)
+    log = RunLog(run_dir, start.step, steps, batch, accelerator.is_main_process, track)
+    if start.rewind:
+        log.go_back(start.step, start.rewind.row())
+    return log
 
 
 def environment(accelerator: Accelerator, data: ShardSet, precision: str) -> dict[str, Any]:

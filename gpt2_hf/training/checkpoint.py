@@ -58,7 +58,8 @@ def save(parts: Parts, step: int) -> None:
     """
     folder, keep, scaler = parts.folder, parts.config.checkpoint, parts.accelerator.scaler
     place = folder.checkpoints / f"step-{step:08d}"
-    state = parts.identity | {"step": step, "scaler": None if scaler is None else scaler.state_dict()}
+    state = parts.identity | parts.watch.state()
+    state |= {"step": step, "data_offset": parts.start.data_offset, "scaler": scaler and scaler.state_dict()}
 
     def saved() -> None:
         folder.newest = place

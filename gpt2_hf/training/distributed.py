@@ -19,7 +19,7 @@ from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.parallel import DistributedDataParallel
 
 from ..knobs import ConfigError
@@ -165,20 +165,21 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def put(whole_tensor: Tensor, into: Tensor) -> None:
-    """Copy a tensor that every rank has into one of which ranks may hold shares."""
-    with torch.no_grad():
-        if isinstance(into, DTensor):
-            shard = distribute_like(whole_tensor.to(into.device), into)
-            into.to_local().copy_(shard)
-        else:
-            into.copy_(whole_tensor)
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank has, to read or to write."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def distribute_like(whole_tensor: Tensor, like: DTensor) -> Tensor:
-    """This rank's share of a tensor that every rank has, cut as ``like`` is cut; nothing is sent."""
-    from torch.distributed.tensor import Replicate
-
+def share_of(whole_tensor: Tensor, like: Tensor) -> Tensor:
+    """Of a tensor that every rank has the part that this rank has of ``like``, of the same shape; nothing is sent."""
+    if not isinstance(like, DTensor):
+        return whole_tensor
     everywhere = [Replicate()] * like.device_mesh.ndim
-    replicated = DTensor.from_local(whole_tensor, like.device_mesh, everywhere, run_check=False)
+    replicated = DTensor.from_local(whole_tensor.to(like.device), like.device_mesh, everywhere, run_check=False)
     return replicated.redistribute(placements=like.placements).to_local()
+
+
+def put(whole_tensor: Tensor, into: Tensor) -> None:
+    """Copy a tensor that every rank has into one of which ranks may hold parts."""
+    with torch.no_grad():
+        local(into).copy_(share_of(whole_tensor, into))

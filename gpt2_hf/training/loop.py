@@ -1,7 +1,8 @@
 """train(config): open the data, find the start, build the parts, then one loop.
 
-The state of a run is its step: the data order, the learning rate and dropout are functions of (config, step), and the
-weights and the optimizer's state are in the checkpoint. So starting a run again resumes it.
+The state of a run is its step, and how much data it has passed over: the data order, the learning rate and dropout are
+functions of these and the config, and the weights and the optimizer's state are in the checkpoint. So starting a run
+again resumes it.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from .distributed import clip, exchange
 from .metrics import is_due, peak_memory_gb
 from .optim import lr_at, set_lr, step_optimizers
 from .preflight import check_environment, check_launcher, check_run
+from .rewind import rewind
 from .run_folder import RunFolder
 from .start import find_start, is_finished, load_steps, open_data
-from .watch import advice_on_disk, advice_on_memory, advice_on_peers
+from .watch import Diverged, advice_on_disk, advice_on_memory, advice_on_peers
 
 
 def train(config: RunConfig) -> Path:
@@ -39,7 +41,8 @@ def train(config: RunConfig) -> Path:
         ConfigError, ShardError: before anything is allocated, when the settings or the data cannot work; ConfigError
             also when memory runs out, naming the micro-batch to try.
         UserError: when the disk is full, or the run's folder was taken away.
-        FloatingPointError: when the model has diverged; nothing was saved of it.
+        FloatingPointError: when the model has diverged, and rewinding is not wanted or did not help; nothing was saved
+            of it.
     """
     check_environment()
     check_launcher()
@@ -59,8 +62,7 @@ def train(config: RunConfig) -> Path:
             return folder.final
         parts = build(config, data, start, folder, state)
         with closing(parts.log), closing(parts.saver), advice_on_memory(config, state.num_processes):
-            loop(config, parts)
-            save_final(parts)
+            train_and_rewind(config, parts)
         accelerator = parts.accelerator
         # The model goes before the process group does. Were DDP the last to hold it, gloo's thread would be waited for
         # with Python's lock held, for which that thread may be waiting: the process would never end.
@@ -68,6 +70,16 @@ def train(config: RunConfig) -> Path:
         accelerator.free_memory()
         accelerator.end_training()
     return folder.final
+
+
+def train_and_rewind(config: RunConfig, parts: Parts) -> None:
+    """Make all steps and write the finished model; where training diverges, go back and pass over the data since."""
+    while True:
+        try:
+            loop(config, parts)
+            return save_final(parts)
+        except Diverged as trouble:
+            parts = rewind(parts, trouble)
 
 
 def loop(config: RunConfig, parts: Parts) -> None:
@@ -85,20 +97,24 @@ def loop(config: RunConfig, parts: Parts) -> None:
             loss, grad_norm = train_step(
                 parts.accelerator, parts.model, parts.optimizers, batch, step - 1, config, parts.documents
             )
-            watch.note(loss)
+            watch.note(loss, grad_norm)
             folder.step = step
             log.bar.update()
 
             saving = is_due(config.checkpoint.save_every, step, last)
+            logging = saving or is_due(config.train.log_every, step, last)
             measuring = parts.measures.any_due(step)
             row: dict[str, Any] = {}
-            if saving or is_due(config.train.log_every, step, last):
-                row = {"train_loss": float(parts.accelerator.reduce(loss, "mean")), "lr": lr_share * config.optim.lr}
-                row |= {"grad_norm": float(grad_norm), "peak_memory": round(peak_memory_gb(loss.device), 3)}
-                row |= throughput.measure(step)
-                watch.look(step, row["train_loss"], row["grad_norm"])
+            if logging or watch.must_look():
+                watch.look(step)
+            if logging:
+                row = {"lr": lr_share * config.optim.lr, "peak_memory": round(peak_memory_gb(loss.device), 3)}
+                row |= watch.figures() | throughput.measure(step)
             if saving or measuring or step == last:
-                watch.try_weights(step, parts.optimizers, batch, parts.documents)
+                is_good = watch.try_weights(step, parts.optimizers, batch, parts.documents)
+                if saving and not is_good:
+                    log.say(f"step {step}: not saved, as the loss is far above that of the steps before, or not finite")
+                saving = saving and is_good
             row |= parts.measures.take(step)
             folder.check()
             log.write(step, row)
@@ -135,7 +151,8 @@ def train_step(
         with exchange(model, now=is_last):
             n_items = n_micro_steps * labels.numel()
             loss = model(input_ids, shift_labels=labels, num_items_in_batch=n_items, **apart).loss
-            accelerator.backward(loss)
+            # A loss that is not finite makes the gradients so, and by their exchange those of all ranks.
+            accelerator.backward(loss * (loss.detach() * 0 + 1))
         total = total + loss.detach()
     grad_norm = clip(accelerator, model, config.optim.max_grad_norm)
     step_optimizers(optimizers, accelerator.scaler, grad_norm)

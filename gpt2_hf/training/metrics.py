@@ -105,12 +105,27 @@ class RunLog:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 15,
         )
+        self._path = run_dir / "metrics.jsonl"
         if self.enabled:
-            path = run_dir / "metrics.jsonl"
-            kept = [row for row in read_rows(path) if row["step"] <= start_step] if start_step else []
-            with whole_file(path) as file:
-                file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
-            self._file = path.open("a", buffering=1)
+            self._keep(start_step)
+
+    def _keep(self, last_step: int) -> list[dict[str, Any]]:
+        """Open the file without its rows after ``last_step``; the others."""
+        kept = [row for row in read_rows(self._path) if row["step"] <= last_step] if last_step else []
+        with whole_file(self._path) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
+        self._file = self._path.open("a", buffering=1)
+        return kept
+
+    def go_back(self, step: int, row: dict[str, Any]) -> None:
+        """Drop what was written after ``step``, and write a row that says why, unless it is there already."""
+        if not self.enabled:
+            return
+        self._file.close()
+        if not any(row.items() <= old.items() for old in self._keep(step)):
+            self.write(step, row)
+        self.bar.n = step
+        self.bar.refresh()
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Write a row, if there is anything in it, hand it to the trackers, and show its main figures."""
@@ -125,6 +140,8 @@ class RunLog:
             if "mfu" in row:
                 shown |= {"tok/s": f"{row['tokens_per_sec']:,.0f}", "mfu": f"{row['mfu']:.1%}"}
             self.bar.set_postfix(shown, refresh=False)
+        if "skipped_steps" in row:
+            self.say(f"step {step}: {row['skipped_steps']} updates skipped, as loss or gradients were not finite")
         if "val_loss" in row:
             self.say(f"step {step}: validation loss {row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte")
         if "hellaswag_items" in row:

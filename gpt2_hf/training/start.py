@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ from ..config import RunConfig
 from ..data.remote import open_folder
 from ..data.shards import ShardSet, open_split
 from ..data.stream import StepLoader, TokenStream
+from ..files import whole_file
 from ..knobs import ConfigError
 from . import checkpoint
 from .run_folder import agree
 
+REWIND = "rewind.json"
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 
 
@@ -32,10 +36,54 @@ class Data:
 
 @dataclass(frozen=True)
 class Start:
-    """What this start goes on from: ``step`` updates made, their result in ``checkpoint`` (None: from nothing)."""
+    """What this start goes on from: ``step`` updates made, their result in ``checkpoint`` (None: from nothing).
+
+    Attributes:
+        data_offset: samples that the run has passed over so far: all that follow come by so many earlier.
+        rewind: the rewind that led here, if the run came to this step by one.
+    """
 
     checkpoint: Path | None = None
     step: int = 0
+    data_offset: int = 0
+    rewind: Rewind | None = None
+
+
+@dataclass(frozen=True)
+class Rewind:
+    """That the run went back to the checkpoint of ``step``; kept as ``RUN/rewind.json`` until there is another.
+
+    Attributes:
+        rewound_from: the step that the run had come to.
+        data_offset: of all steps from then on.
+        times: rewinds up to this one without a newer checkpoint in between.
+    """
+
+    step: int
+    rewound_from: int
+    data_offset: int
+    times: int
+
+    def write(self, run: Path) -> None:
+        with whole_file(run / REWIND) as file:
+            file.write(json.dumps(asdict(self)).encode())
+
+    def row(self) -> dict[str, int]:
+        """For metrics.jsonl, at ``step``."""
+        return {"rewound_from": self.rewound_from, "data_offset": self.data_offset}
+
+    @staticmethod
+    def read(run: Path) -> Rewind | None:
+        """The last rewind of a run; None where there was none. Raises ConfigError for a file that cannot be read."""
+        try:
+            return Rewind(**{k: int(v) for k, v in json.loads((run / REWIND).read_text()).items()})
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{run / REWIND} cannot be read ({error}), and says where the run goes on in its data: put it back, or "
+                f"delete it, and the run may train on data again from which it diverged"
+            ) from None
 
 
 def open_data(config: RunConfig) -> Data:
@@ -83,7 +131,11 @@ def find_start(config: RunConfig, data: ShardSet, state: PartialState) -> Start:
     """
 
     def look() -> Start:
-        found = runs.newest_whole(Path(config.train.run_dir) / "checkpoints")
+        run_dir = Path(config.train.run_dir)
+        rewind = Rewind.read(run_dir)
+        if rewind:
+            discard_untrusted(run_dir / "checkpoints", rewind)
+        found = runs.newest_whole(run_dir / "checkpoints")
         if found is None:
             return Start()
         try:
@@ -105,9 +157,25 @@ def find_start(config: RunConfig, data: ShardSet, state: PartialState) -> Start:
                 f"train.steps is {config.train.steps}, and {found} is {saved['step']} steps along already: raise "
                 f"train.steps, or choose another --train.run_dir"
             )
-        return Start(found, saved["step"])
+        if rewind and rewind.step == saved["step"]:
+            return Start(found, saved["step"], rewind.data_offset, rewind)
+        return Start(found, saved["step"], saved.get("data_offset", 0))
 
     return agree(state, look)
+
+
+def discard_untrusted(checkpoints: Path, rewind: Rewind, say: Callable[[str], None] = print) -> None:
+    """Delete, by name, the checkpoints newer than a rewind's that were made before it: they led to where it was."""
+    for step, path in runs.saved_steps(checkpoints).items():
+        if step <= rewind.step:
+            continue
+        try:
+            is_older = checkpoint.read_state(path).get("data_offset", 0) < rewind.data_offset
+        except (OSError, ValueError, AttributeError):
+            continue  # damaged, and passed over as such
+        if is_older:
+            runs.delete(path)
+            say(f"checkpoint {path} was made when training had begun to diverge, and is deleted")
 
 
 def is_finished(config: RunConfig, start: Start) -> bool:
@@ -130,6 +198,7 @@ def load_steps(
         1 if overfit else config.train.steps,
         global_batch_size=config.train.global_batch_tokens // config.data.seq_len,
         micro_batch_size=config.train.micro_batch_size,
+        data_offset=0 if overfit else start.data_offset,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",

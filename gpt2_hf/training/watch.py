@@ -6,12 +6,16 @@ import errno
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..config import RunConfig
@@ -21,62 +25,166 @@ from ..model import GPTForCausalLM
 from ..program import PATIENCE, UserError
 from .run_folder import RunFolder
 
-# A model has diverged when it gives the right token this many nats less than who knows nothing and guesses ...
+# A model has diverged when it gives the right token this many nats less than who knows nothing and guesses.
 MARGIN = 5.0
-# ... in so many steps on end. One batch may be odd.
-STEPS_ON_END = 10
+# A loss is judged by those of the last so many good steps, once there are enough of them.
+PAST, ENOUGH = 100, 20
+# It is a spike above their mean plus so many standard deviations, and so many nats at least; and far off above:
+SPIKE, FAR_OFF = (6.0, 0.1), (10.0, 1.0)
+# A gradient scaler finds its scale by skipping steps; on end it needs no more than this.
+SCALER_SKIPS = 50
+# Steps whose figures may wait on the device to be read.
+UNREAD = 100
 # Windows on which weights are tried before they are saved.
 TRIAL_WINDOWS = 8
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+class Diverged(FloatingPointError):
+    """Training no longer works; ``step`` is the first whose update is not to be trusted."""
+
+    def __init__(self, what: str, step: int):
+        super().__init__(what)
+        self.step = step
+
+
+@dataclass
+class Past:
+    """What a step is judged by; saved with a checkpoint, so that a resumed run judges as one that ran through.
+
+    Attributes:
+        losses: of the last good steps.
+        trouble: the first step whose update is not to be trusted, while losses are spikes or steps are skipped.
+        n_odd, n_bad, n_skipped: steps on end, up to now, with a spike; skipped or far off; skipped.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    trouble: int | None = None
+    n_odd: int = 0
+    n_bad: int = 0
+    n_skipped: int = 0
+
+    def above(self, threshold: tuple[float, float], n_fewer: float = 1.0) -> float:
+        """The loss that lies so far above the past; infinite while there is too little of it.
+
+        Args:
+            threshold: in standard deviations, and in nats at least.
+            n_fewer: how many times fewer windows the loss is the mean of.
+        """
+        if len(self.losses) < ENOUGH:
+            return math.inf
+        n_sigmas, nats = threshold
+        sigma = float(np.std(self.losses)) * math.sqrt(n_fewer)
+        return float(np.mean(self.losses)) + max(n_sigmas * sigma, nats)
+
+
 class Watch:
     """Tells a model that has diverged, so that no checkpoint is made of it.
 
-    Per step it only counts on the device. Losses are looked at when they are logged; weights before they are saved or
-    measured, because the loss of a step says nothing about the update that the step ends with.
+    Every step is judged, and none is waited for: a step whose gradients are not finite is skipped on the device, and
+    its figures are read there together with those of the steps around it.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, model: GPTForCausalLM, folder: RunFolder, finish_saving: Callable[[], object]
-    ):
-        self.accelerator, self.model, self.folder = accelerator, model, folder
-        self._finish_saving = finish_saving  # so that the folder knows its newest checkpoint
+    def __init__(self, config: RunConfig, accelerator: Accelerator, model: GPTForCausalLM):
+        self.config, self.accelerator, self.model = config, accelerator, model
         self.limit = math.log(model.config.vocab_size) + MARGIN
-        self._high = torch.zeros((), device=accelerator.device)  # steps on end whose loss is above the limit
-        self._first: Tensor | None = None
+        self.past = Past()
+        self._unread: list[tuple[Tensor, Tensor]] = []
+        self._last: tuple[float, float] = (math.nan, math.nan)
+        self._counts = {"skipped_steps": 0, "loss_spikes": 0}
 
-    def note(self, loss: Tensor) -> None:
-        """Take in a step's loss; nothing waits for the device."""
-        self._high = (self._high + 1) * (loss > self.limit)
-        self._first = loss if self._first is None else self._first
+    def restart(self, state: dict[str, Any]) -> None:
+        """Forget what was seen, and go on from what ``state`` says of it, a checkpoint's ``state.json``."""
+        self.past = Past(**state.get("past", {}))
+        self._unread = []
+        self._counts = dict.fromkeys(self._counts, 0)
 
-    def look(self, step: int, loss: float, grad_norm: float) -> None:
-        """Raise FloatingPointError when training no longer works. Every rank must call it.
+    def state(self) -> dict[str, Any]:
+        """What ``restart`` wants to hear, for ``state.json``."""
+        return {"past": asdict(self.past)}
 
-        Under a gradient scaler an infinite norm is a step that was skipped.
+    def note(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Take in a step's loss on this rank and its gradient's global norm, both (); nothing waits for the device."""
+        self._unread.append((loss, grad_norm))
+
+    def must_look(self) -> bool:
+        """Whether so many steps are unread that they should be, though no row is due."""
+        return len(self._unread) >= UNREAD
+
+    def look(self, step: int) -> None:
+        """Judge all steps up to ``step``. Every rank must call it.
+
+        Raises:
+            Diverged: when training no longer works.
         """
-        for name, value in (("train_loss", loss), ("grad_norm", grad_norm)):
-            if not math.isfinite(value) and (name == "train_loss" or self.accelerator.scaler is None):
-                self._stop(f"{name} is {value} at step {step}")
-        if float(self.accelerator.reduce(self._high, "mean")) >= STEPS_ON_END:
-            self._stop(f"train_loss is {loss:.4g} at step {step}, above {self.limit:.1f} for {STEPS_ON_END} steps")
+        losses, norms = zip(*self._unread, strict=True)
+        self._unread = []
+        loss = self.accelerator.reduce(torch.stack(losses), "mean")
+        read = torch.stack([loss, torch.stack(norms).to(loss.dtype)], dim=1).tolist()
+        for number, (loss, norm) in enumerate(read, step - len(read) + 1):
+            self._judge(number, loss, norm)
+
+    def figures(self) -> dict[str, Any]:
+        """The last step's loss and norm, if they are numbers, and how many steps were odd since the last call."""
+        figures = {name: v for name, v in zip(("train_loss", "grad_norm"), self._last, strict=True) if math.isfinite(v)}
+        counts = {name: count for name, count in self._counts.items() if count}
+        self._counts = dict.fromkeys(self._counts, 0)
+        return figures | counts
+
+    def _judge(self, step: int, loss: float, norm: float) -> None:
+        self._last = loss, norm
+        past = self.past
+        if not math.isfinite(norm):  # nor is the loss, or it is no matter
+            self._counts["skipped_steps"] += 1
+            past.n_skipped += 1
+            if self.accelerator.scaler is not None and past.n_skipped <= SCALER_SKIPS:
+                return
+            past.trouble = step if past.trouble is None else past.trouble
+            past.n_bad += 1
+            self._give_up(f"loss or gradients were not finite in {past.n_bad} steps on end, up to step {step}")
+            return
+        ceiling = min(self.limit, past.above(FAR_OFF))
+        is_odd = loss > min(self.limit, past.above(SPIKE))
+        if is_odd:
+            self._counts["loss_spikes"] += 1
+            # The loss speaks of the update before it, unless that was skipped.
+            before = step - past.n_skipped - 1
+            past.trouble = before if past.trouble is None else min(past.trouble, before)
+            past.n_odd += 1
+        past.n_bad = past.n_bad + 1 if loss > ceiling else 0
+        past.n_skipped = 0
+        self._give_up(f"train_loss is {loss:.4g} at step {step}, above {ceiling:.1f} for {past.n_bad} steps")
+        if is_odd and past.n_odd > PAST:  # high, and no higher: that is how the data is now
+            past.losses.clear()
+        if not is_odd or past.n_odd > PAST:
+            past.losses = [*past.losses, loss][-PAST:]
+            past.trouble, past.n_odd = None, 0
+
+    def _give_up(self, what: str) -> None:
+        if self.past.n_bad >= self.config.train.max_bad_steps:
+            assert self.past.trouble is not None
+            raise Diverged(what, self.past.trouble)
 
     def try_weights(
         self, step: int, optimizers: Sequence[Optimizer], batch: Tensor | None, documents: DocumentMask | None = None
-    ) -> None:
-        """Raise FloatingPointError when the weights after ``step`` are not worth saving. Every rank must call it.
+    ) -> bool:
+        """Whether the weights after ``step`` are as good as those before. Every rank must call it.
 
         Args:
             batch: (grad_accum_steps, B, T + 1), what was just trained on; None to look at the numbers alone.
+
+        Returns:
+            False when they may be on their way to diverge, and should not be saved now.
+
+        Raises:
+            Diverged: when they are worth nothing, or doubtful and the last.
         """
-        states = (value for optimizer in optimizers for state in optimizer.state.values() for value in state.values())
-        tensors = [*self.model.parameters(), *(t for t in states if isinstance(t, Tensor) and t.ndim)]
-        if not bool(torch.stack([t.detach().isfinite().all() for t in tensors]).all()):
-            self._stop(f"the weights or the optimizer's state are not finite after step {step}")
+        first = step if self.past.trouble is None else min(step, self.past.trouble)
+        if not self.all_finite(optimizers):
+            raise Diverged(f"the weights or the optimizer's state are not finite after step {step}", first)
         if batch is None:
-            return
+            return True
         on_host = batch[0, :TRIAL_WINDOWS]
         windows = on_host.to(self.accelerator.device)
         input_ids, labels = windows[:, :-1], windows[:, 1:]
@@ -87,20 +195,23 @@ class Watch:
             told = {"input_ids": input_ids, "shift_labels": labels, "use_cache": False, "reduction": "none"}
             loss = self.model(**told, **apart).loss.float().mean()
         self.model.train()
-        if not (value := float(self.accelerator.reduce(loss, "mean"))) <= self.limit:
-            self._stop(f"the weights after step {step} give a loss of {value:.4g} on what they were just trained on")
+        value = float(self.accelerator.reduce(loss, "mean"))
+        n_windows = self.config.train.global_batch_tokens / self.config.data.seq_len
+        n_fewer = max(1.0, n_windows / (len(windows) * self.accelerator.num_processes))
+        is_doubtful = value > self.past.above(FAR_OFF, n_fewer)
+        is_last = step == self.config.train.steps
+        if not value <= self.limit or (is_doubtful and is_last):
+            what = f"the weights after step {step} give a loss of {value:.4g} on what they were just trained on"
+            raise Diverged(what, first)
+        return is_last or not (is_doubtful or self.past.n_bad)
 
-    def _stop(self, what: str) -> None:
-        advice = "a lower --optim.lr and --optim.muon_lr, or look at the data near this step"
-        self._finish_saving()
-        newest = self.folder.newest
-        if newest is None:
-            way_on = f"no checkpoint was saved: start again with {advice}"
-        elif self._first is not None and not float(self._first) <= self.limit:
-            way_on = f"so it was at the first step after {newest}: delete that one, and the run goes on from another"
-        else:
-            way_on = f"{newest} is good, and the next start goes on from it: start again with {advice}"
-        raise FloatingPointError(f"{what}, so this is not saved; {way_on}")
+    def all_finite(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Whether weights and optimizer states are, all ranks' shares of them. Every rank must call it."""
+        states = (value for optimizer in optimizers for state in optimizer.state.values() for value in state.values())
+        tensors = [*self.model.parameters(), *(t for t in states if isinstance(t, Tensor) and t.ndim)]
+        shares = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        n_bad = torch.stack([t.detach().isfinite().all().logical_not() for t in shares]).sum().float()
+        return not float(self.accelerator.reduce(n_bad, "sum"))
 
 
 @contextmanager

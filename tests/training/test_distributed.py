@@ -78,17 +78,16 @@ def test_each_arrangement_goes_on_from_any_other_on_one_curve(data, tmp_path):  
         torch.testing.assert_close(
             load_file(tmp_path / "run/final/model.safetensors")[name], tensor, rtol=1e-8, atol=1e-11
         )
-    # Orthogonalised by two or four ranks, each its share of the matrices, or by one: the same matrices.
 
 
 def test_shares_do_all_that_a_whole_model_does(make_shards, tmp_path):
-    """Compiled and checkpointed blocks, the head in chunks, clipping, validation, HellaSwag, samples: as one process."""
+    """Compiled and checkpointed blocks, the head in chunks, clipping, validation, HellaSwag, samples."""
     pattern = [[(start + 3 * i) % 250 for i in range(120)] for start in range(60)]
-    data = make_shards({"train": [pattern], "val": [pattern[:4]]})
+    shards = make_shards({"train": [pattern], "val": [pattern[:4]]})
 
     def config(name: str, compile: str):
         return constant(
-            data,
+            shards,
             tmp_path / name,
             model__vocab_size=None,
             train__steps=3,

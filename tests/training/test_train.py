@@ -446,12 +446,12 @@ def test_scripts_errors_are_one_line(tmp_path):
 
 
 def test_not_a_number_stops_the_run(data, tmp_path):
-    config = tiny(
-        data, tmp_path / "run", optim__lr=1e20, optim__warmup_steps=0, train__log_every=5, checkpoint__save_every=9
-    )
-    with pytest.raises(FloatingPointError, match=r"train_loss is nan at step 5, so this is not saved; .*--optim.lr"):
+    config = tiny(data, tmp_path / "run", optim__lr=1e20, optim__warmup_steps=0, train__log_every=5)
+    words = r"not finite in 10 steps on end, up to step 11, so this is not saved; no checkpoint was saved: .*--optim.lr"
+    with pytest.raises(FloatingPointError, match=words):
         train(config)
-    assert not (tmp_path / "run").exists()  # in which nothing was measured
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [(row["step"], row["skipped_steps"]) for row in rows] == [(5, 4), (10, 5)] and losses(rows) == []
 
 
 def test_out_of_memory_names_the_next_micro_batch(data, tmp_path):
