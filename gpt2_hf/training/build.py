@@ -88,7 +88,7 @@ def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state:
     measures = Measures(config, accelerator, bare_model, tokenizer, data.val, DTYPES[precision])
     documents = build_document_mask(config, data.train, bare_model, DTYPES[precision])
     throughput = build_throughput(config, accelerator, bare_model, precision)
-    log = open_log(config, accelerator, folder, start.step, data.train, precision)
+    log = open_log(config, accelerator, folder, start, data.train, precision)
     check_first_step(bare_model)
     folder.step, folder.newest = start.step, start.checkpoint
     return Parts(
@@ -214,27 +214,27 @@ def open_log(
     config: RunConfig,
     accelerator: Accelerator,
     folder: RunFolder,
-    start_step: int,
+    start: Start,
     data: ShardSet,
     precision: str,
 ) -> RunLog:
     """Write down what the run is, start the trackers, and open metrics.jsonl."""
     run_dir = folder.path
-    folder.record(config.to_yaml(), environment(accelerator, data, precision), start_step)
+    folder.record(config.to_yaml(), environment(accelerator, data, precision), start.step)
     accelerator.wait_for_everyone()
     if config.train.trackers:
         settings = flat(mask(config.to_yaml()))
         accelerator.init_trackers("gpt2_hf", config={key: str(value) for key, value in settings.items()})
     steps, batch = config.train.steps, config.train.global_batch_tokens
-    if start_step:
-        accelerator.print(f"resuming from {run_dir / 'checkpoints' / f'step-{start_step:08d}'}")
+    if start.checkpoint:
+        accelerator.print(f"resuming from {start.checkpoint}")
     accelerator.print(
-        f"{data.n_tokens:,} training tokens; steps {start_step:,} to {steps:,} of {batch:,} tokens = "
+        f"{data.n_tokens:,} training tokens; steps {start.step:,} to {steps:,} of {batch:,} tokens = "
         f"{config.train.micro_batch_size} x {config.data.seq_len} x {accelerator.num_processes} processes x "
         f"{config.grad_accum_steps(accelerator.num_processes)} accumulated; {steps * batch / data.n_tokens:.2f} epochs"
     )
     track = accelerator.log if config.train.trackers else None
-    return RunLog(run_dir, start_step, steps, batch, accelerator.is_main_process, track)
+    return RunLog(run_dir, start.step, steps, batch, accelerator.is_main_process, track)
 
 
 def environment(accelerator: Accelerator, data: ShardSet, precision: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.tokenizer import save_tokenizer
 from ..model import GPTForCausalLM
-from ..runs import TRAINER_STATE, prune, write_folder
+from ..runs import TRAINER_STATE, best_step, prune, step_name, write_folder
 
 if TYPE_CHECKING:
     from .build import Parts
@@ -37,7 +37,7 @@ def save(parts: Parts, step: int) -> None:
     accelerator, folder, keep = parts.accelerator, parts.folder, parts.config.checkpoint
     optimizer_state = trainer_state(parts.bare_model, parts.optimizers)
     weights = accelerator.get_state_dict(parts.model)
-    place = folder.checkpoints / f"step-{step:08d}"
+    place = folder.checkpoints / step_name(step)
 
     def write(path: Path) -> None:
         write_model(path, parts.bare_model, weights, parts.tokenizer)
@@ -47,7 +47,8 @@ def save(parts: Parts, step: int) -> None:
     if accelerator.is_main_process:
         write_folder(place, write)
         folder.newest = place
-        prune(folder.checkpoints, keep.keep_last, keep.keep_every)
+        best = best_step(folder.path) if keep.keep_best else None
+        prune(folder.checkpoints, keep.keep_last, keep.keep_every, best)
     accelerator.wait_for_everyone()
     folder.newest = place
 

@@ -167,6 +167,7 @@ APPLIED = {
     "checkpoint.save_every": 0,
     "checkpoint.keep_last": 3,
     "checkpoint.keep_every": 2,
+    "checkpoint.keep_best": False,
 }
 # Where a change must show, if not in the final weights.
 SEEN_IN = {
@@ -177,6 +178,7 @@ SEEN_IN = {
     "checkpoint.save_every": {"kept"},
     "checkpoint.keep_last": {"kept"},
     "checkpoint.keep_every": {"kept"},
+    "checkpoint.keep_best": {"kept"},
     **{name: {"rows"} for name in APPLIED if name == "train.log_every" or name.startswith("eval.")},
 }
 # Not part of the training state: places, checks, switches of the process, and programs that look on.
@@ -189,6 +191,11 @@ OUTSIDE = {
     "train.tf32",
     "train.deterministic",
     "train.trackers",
+    "checkpoint.mirror",
+    "checkpoint.mirror_wait_s",
+    "resume.mode",
+    "resume.from",
+    "resume.force",
 }
 
 
