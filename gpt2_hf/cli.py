@@ -22,7 +22,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 
 import yaml
 
-from .knobs import ConfigError, bare, from_text, limit_of, shown, take
+from .knobs import ConfigError, bare, from_text, knob_name, limit_of, shown, take
 from .program import fail
 
 ConfigT = TypeVar("ConfigT")
@@ -73,7 +73,7 @@ def field_types(cls: type) -> dict[str, Any]:
         if _is_section(annotation):
             found |= {f"{name}.{inner}": kind for inner, kind in field_types(annotation).items()}
         else:
-            found[name] = annotation
+            found[knob_name(name)] = annotation
     return found
 
 
@@ -95,9 +95,9 @@ def _add_fields(parser: Any, cls: type, prefix: str = "") -> None:
             title = (annotation.__doc__ or "").strip().splitlines()[0].rstrip(".")
             _add_fields(parser.add_argument_group(title), annotation, f"{prefix}{name}.")
         else:
-            text = _help(described[name], annotation, default)
-            metavar = _metavar(name, annotation)
-            parser.add_argument(f"--{prefix}{name}", default=argparse.SUPPRESS, metavar=metavar, help=text)
+            text = _help(described[knob_name(name)], annotation, default)
+            metavar = _metavar(knob_name(name), annotation)
+            parser.add_argument(f"--{prefix}{knob_name(name)}", default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
 def _build(cls: type[ConfigT], values: dict[str, Any], prefix: str = "") -> ConfigT:
@@ -106,8 +106,8 @@ def _build(cls: type[ConfigT], values: dict[str, Any], prefix: str = "") -> Conf
     for name, annotation, _ in _fields(cls):
         if _is_section(annotation):
             arguments[name] = _build(annotation, values, f"{prefix}{name}.")
-        elif prefix + name in values:
-            arguments[name] = values[prefix + name]
+        elif (knob := prefix + knob_name(name)) in values:
+            arguments[name] = values[knob]
     return cls(**arguments)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 import yaml
 
-from .knobs import ConfigError, Filled, Knobs, OneOf, PathName, Range
+from .knobs import ConfigError, Filled, Knobs, OneOf, PathName, Range, knob_name
 from .model.configuration_gpt import GPTConfig
 from .schedules import SCHEDULES
 
@@ -199,6 +199,10 @@ class CheckpointSection(Knobs):
         save_every: steps between checkpoints (0: only the final model is written).
         keep_last: this many newest checkpoints stay.
         keep_every: checkpoints at multiples of this many steps stay for good (0: none).
+        keep_best: the checkpoint with the lowest validation loss stays, of those that have one.
+        mirror: a folder in object storage (s3://bucket/folder, or any URL that fsspec knows) to which a process of its
+            own copies each checkpoint and the final model, and from which an empty run_dir goes on.
+        mirror_wait_s: at most so many seconds a run waits at its end for what is not copied yet.
     """
 
     _prefix: ClassVar[str] = "checkpoint."
@@ -206,6 +210,33 @@ class CheckpointSection(Knobs):
     save_every: Interval = 1000
     keep_last: Count = 2
     keep_every: Interval = 0
+    keep_best: bool = True
+    mirror: Annotated[str, PathName(remote=True)] | None = None
+    mirror_wait_s: Annotated[float, Range(0)] = 60.0
+
+
+@dataclass(frozen=True)
+class ResumeSection(Knobs):
+    """Where a start begins.
+
+    Args:
+        mode: auto goes on from the newest whole checkpoint; never begins at step 0, and moves what the run has so far
+            to before-1, before-2, ... in run_dir. What the launcher or Slurm restarts goes on all the same.
+        from: begin at this step of the run, and move what came later to before-1, ...; or the path of a checkpoint of
+            the same recipe. The same command goes on from there when it is started again.
+        force: settings that may differ from those the checkpoint was made with, although the curve then means less.
+    """
+
+    _prefix: ClassVar[str] = "resume."
+
+    mode: Literal["auto", "never"] = "auto"
+    from_: Annotated[str, PathName()] | None = None
+    force: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode == "never" and self.from_ is not None:
+            raise ConfigError("resume.mode is never, and resume.from names a checkpoint: keep one of the two")
 
 
 @dataclass(frozen=True)
@@ -232,7 +263,11 @@ class RunConfig(Knobs):
         **dict.fromkeys(("out_dir", "output_dir"), "use train.run_dir"),
         **dict.fromkeys(("grad_clip", "gradient_clipping"), "use optim.max_grad_norm"),
         **dict.fromkeys(("wandb", "report_to", "wandb_log"), "use --train.trackers '[wandb]'"),
-        **dict.fromkeys(("resume", "resume_from_checkpoint", "init_from"), "a run resumes by itself: start it again"),
+        **dict.fromkeys(
+            ("resume", "resume_from_checkpoint", "init_from"),
+            "a run resumes by itself: start it again, or use resume.from for a checkpoint that is not its newest",
+        ),
+        **dict.fromkeys(("from_", "start_from", "resume_from"), "use resume.from"),
         **dict.fromkeys(("dtype", "mixed_precision", "bf16", "fp16"), "use train.precision"),
     }
 
@@ -242,6 +277,7 @@ class RunConfig(Knobs):
     train: TrainSection = field(default_factory=TrainSection)
     eval: EvalSection = field(default_factory=EvalSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    resume: ResumeSection = field(default_factory=ResumeSection)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -295,4 +331,7 @@ class RunConfig(Knobs):
         return found
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(self))), sort_keys=False)
+        """The recipe, with every knob."""
+        sections = json.loads(json.dumps(dataclasses.asdict(self)))
+        named = {name: {knob_name(key): value for key, value in keys.items()} for name, keys in sections.items()}
+        return yaml.safe_dump(named, sort_keys=False)

@@ -134,8 +134,13 @@ class Knobs:
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(type(self), include_extras=True).items():
             if get_origin(annotation) is not ClassVar:
-                taken = take(f"{self._prefix}{name}", getattr(self, name), annotation)
+                taken = take(f"{self._prefix}{knob_name(name)}", getattr(self, name), annotation)
                 object.__setattr__(self, name, taken)  # frozen
+
+
+def knob_name(field: str) -> str:
+    """A field's name as recipes and the command line have it: ``from_`` is from, which Python keeps for itself."""
+    return field.removesuffix("_")
 
 
 def checked(function: FunctionT) -> FunctionT:

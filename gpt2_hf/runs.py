@@ -5,6 +5,7 @@
                       manifest.json     name, size and sha256 of every file above
         final/                          the same, without trainer_state, when the run is finished
         metrics.jsonl                   a row for each measurement
+        before-1/, before-2/, ...       what was there when a start was told to begin anew, or at an earlier step
 
 A model's folder is written beside its place under a temporary name, flushed to the disk, and renamed: whatever happens,
 a folder with its final name is complete. Its manifest tells a file that was damaged later. What else someone put into
@@ -14,9 +15,11 @@ a folder (a README.md in ``final``) is not ours to delete: it stays when the fol
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePath
 from typing import Any
@@ -25,6 +28,7 @@ from .files import sha256, to_disk
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state"
+STATE = f"{TRAINER_STATE}/state.json"  # the step, and what run it is
 # Beside the weights and a README.md, all that a gpt2 folder has had since 2019.
 STOCK_FILES = (
     "config.json",
@@ -38,7 +42,7 @@ STOCK_FILES = (
     "merges.txt",
 )
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -105,24 +109,66 @@ def is_stock(name: str) -> bool:
 def damage(folder: Path) -> str | None:
     """What is wrong with a folder made by ``write_folder``, or None when every file is as it was written."""
     try:
-        entries = _read_manifest(folder)
+        entries = read_manifest(folder)
     except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     for name, entry in entries.items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-        if sha256(path) != entry["sha256"]:
-            return f"{name} has changed since it was written"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if (size := path.stat().st_size) != entry["bytes"]:
+                return f"{name} has {size} bytes instead of {entry['bytes']}"
+            if sha256(path) != entry["sha256"]:
+                return f"{name} has changed since it was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def problem(checkpoint: Path) -> str | None:
+    """Why what has a checkpoint's name is not a whole one, or None: ``damage``, or that it is none of ours."""
+    try:
+        if checkpoint.is_symlink():
+            return "it is a symbolic link"
+        if not checkpoint.is_dir():
+            return "it is not a folder"
+        listed = read_manifest(checkpoint)
+        if not any(_WEIGHTS.fullmatch(name) for name in listed):
+            return f"{MANIFEST} lists no weights"
+        for path in checkpoint.rglob("*"):
+            name, mode = path.relative_to(checkpoint).as_posix(), path.stat(follow_symlinks=False).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+                return f"{name} is no file"  # a pipe: who opened it would wait for ever
+            is_loaded = _WEIGHTS.fullmatch(name) or name.startswith(f"{TRAINER_STATE}/")
+            if is_loaded and name not in listed and not stat.S_ISDIR(mode):
+                return f"{name} is not in {MANIFEST}"
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return damage(checkpoint) or _state_problem(checkpoint)
+
+
+def _state_problem(checkpoint: Path) -> str | None:
+    """What is wrong with what an undamaged checkpoint says of itself, or None."""
+    path = checkpoint / STATE
+    if not path.is_file():
+        return None  # no run can go on from it, and its model is whole
+    try:
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{STATE} cannot be read ({error})"
+    step = state.get("step") if isinstance(state, dict) else None
+    if type(step) is not int:
+        return f"{STATE} names no step"
+    if STEP_FOLDER.fullmatch(checkpoint.name) and checkpoint.name != step_name(step):
+        return f"it is the checkpoint of step {step}"
     return None
 
 
 def same_weights(a: Path, b: Path) -> bool:
     """Whether two folders were written with the same weights, by their manifests; not when one cannot be read."""
     try:
-        first, second = _read_manifest(a), _read_manifest(b)
+        first, second = read_manifest(a), read_manifest(b)
     except (OSError, ValueError):
         return False
     names = {name for name in (first | second) if name.endswith(".safetensors")}
@@ -130,18 +176,46 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def saved_steps(root: Path) -> dict[int, Path]:
-    """Step -> folder of the checkpoints under ``root``, in order, whole or not."""
-    found = {int(m[1]): path for path in root.glob("step-*") if (m := _STEP_FOLDER.fullmatch(path.name))}
-    return dict(sorted(found.items()))
+    """Step -> folder of the checkpoints under ``root``, in order, whole or not. Raises OSError when it is no folder."""
+    found = {int(m[1]): path for path in _named_as_steps(root) if (m := STEP_FOLDER.fullmatch(path.name))}
+    return {step: found[step] for step in sorted(found) if found[step].name == step_name(step)}
 
 
-def newest_whole(root: Path, warn: Callable[[str], None] = print) -> Path | None:
-    """The newest undamaged checkpoint under ``root``; damaged ones are named to ``warn`` and passed over."""
+def step_name(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
+def newest_whole(
+    root: Path, warn: Callable[[str], None] = print, also: Callable[[Path], str | None] = lambda _: None
+) -> Path | None:
+    """The newest undamaged checkpoint under ``root``; damaged ones are named to ``warn`` and passed over.
+
+    Args:
+        also: another look at a whole one, which says what makes it of no use, or None.
+    """
+    for path in odd_names(root):
+        warn(f"{path} is not used: no checkpoint of a run is called so")
     for path in reversed(saved_steps(root).values()):
-        if (problem := _problem(path)) is None:
+        if (reason := problem(path)) is not None:
+            warn(f"checkpoint {path} is damaged and not used: {reason}")
+        elif (reason := also(path)) is not None:
+            warn(f"checkpoint {path} is not used: {reason}")
+        else:
             return path
-        warn(f"checkpoint {path} is damaged and not used: {problem}")
     return None
+
+
+def odd_names(root: Path) -> list[Path]:
+    """What is called step-... under ``root``, and not as a run calls it: ``step-0000001000``, ``step-00001000.old``."""
+    ours = set(saved_steps(root).values())
+    return sorted(path for path in _named_as_steps(root) if path not in ours)
+
+
+def _named_as_steps(root: Path) -> list[Path]:
+    # Not by glob, which finds nothing in a folder that may not be read: a run would begin anew.
+    names = os.listdir(root) if os.path.lexists(root) else []
+    return [root / name for name in names if name.startswith("step-")]
 
 
 def final_problem(run: Path, newest: Path | None) -> str | None:
@@ -195,25 +269,84 @@ def newest_run(runs: str | Path = "runs") -> Path | None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """All whole rows; a last line cut off by a kill is left out."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 
-def prune(root: Path, keep_last: int, keep_every: int) -> None:
-    """Delete checkpoints older than the newest ``keep_last`` whole ones, but for multiples of ``keep_every`` (0: none).
+def best_step(run: Path) -> int | None:
+    """The step with the lowest validation loss of those that have a whole checkpoint, by metrics.jsonl; None: none."""
+    kept = saved_steps(run / "checkpoints")
+    measured = {}
+    for row in read_rows(run / "metrics.jsonl"):
+        step, loss = row.get("step"), row.get("val_loss")
+        if isinstance(step, int) and step in kept and isinstance(loss, float) and math.isfinite(loss):
+            measured[step] = loss
+    return next((step for step in sorted(measured, key=measured.__getitem__) if _is_whole(kept[step])), None)
 
-    A damaged checkpoint counts for nothing: it must not push out one that a run can go on from.
+
+def prune(
+    root: Path, keep_last: int, keep_every: int, best: int | None = None, warn: Callable[[str], None] = print
+) -> None:
+    """Delete the checkpoints that ``surplus`` names; one that cannot be deleted is named to ``warn`` and stays."""
+    saved = saved_steps(root)
+    for step in surplus(saved, lambda step: _is_whole(saved[step]), keep_last, keep_every, best):
+        try:
+            delete(saved[step])
+        except OSError as error:
+            warn(f"{saved[step]} is no longer needed and cannot be deleted: {error.strerror}")
+
+
+def surplus(
+    steps: Iterable[int], is_whole: Callable[[int], bool], keep_last: int, keep_every: int, best: int | None
+) -> list[int]:
+    """The checkpoints that need not be kept, newest first.
+
+    Those are all that are older than the newest ``keep_last`` whole ones, but for multiples of ``keep_every`` (0: none)
+    and ``best``. A damaged checkpoint counts for nothing: it must not push out one that a run can go on from.
     """
-    n_whole = 0
-    for step, path in reversed(saved_steps(root).items()):
+    n_whole, found = 0, []
+    for step in sorted(steps, reverse=True):
         if n_whole < keep_last:
-            n_whole += _is_whole(path)
-        elif not keep_every or step % keep_every:
-            delete(path)
+            n_whole += is_whole(step)
+        elif step != best and not (keep_every and step % keep_every == 0):
+            found.append(step)
+    return found
+
+
+def set_aside(run: Path, later_than: int | None = None) -> Path | None:
+    """Move what a start must not mix with its own into a new RUN/before-N, and return that; None: there is nothing.
+
+    Args:
+        later_than: only the checkpoints after this step go, and ``final``; metrics.jsonl is copied, as its earlier rows
+            belong to both. None: all checkpoints, ``final`` and metrics.jsonl.
+    """
+    checkpoints, final, rows = run / "checkpoints", run / "final", run / "metrics.jsonl"
+    if later_than is None:
+        moved = [path for path in (final, rows, checkpoints) if os.path.lexists(path)]
+    else:
+        moved = [path for step, path in saved_steps(checkpoints).items() if step > later_than]
+        moved += [final] if os.path.lexists(final) else []
+    if not moved:
+        return None
+    number = 1
+    while os.path.lexists(aside := run / f"before-{number}"):
+        number += 1
+    aside.mkdir()
+    if later_than is not None and rows.is_file():
+        shutil.copy2(rows, aside)
+    for path in moved:
+        place = aside / path.relative_to(run)
+        place.parent.mkdir(exist_ok=True)
+        shutil.move(path, place)
+    to_disk(aside)
+    to_disk(run)
+    return aside
 
 
 def remove_leftovers(run: Path) -> None:
@@ -228,44 +361,48 @@ _known_whole: set[tuple[Any, ...]] = set()
 
 
 def _stamp(folder: Path) -> tuple[Any, ...]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return folder.absolute(), *((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    found = sorted((path, path.stat(follow_symlinks=False)) for path in (folder.absolute(), *folder.rglob("*")))
+    return tuple((path, info.st_mode, info.st_size, info.st_mtime_ns) for path, info in found)
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    stamp = _stamp(checkpoint)
-    if stamp not in _known_whole and _problem(checkpoint) is None:
+    try:
+        stamp = _stamp(checkpoint)
+    except OSError:
+        return False
+    if stamp not in _known_whole and problem(checkpoint) is None:
         _known_whole.add(stamp)
     return stamp in _known_whole
 
 
-def _problem(checkpoint: Path) -> str | None:
-    """``damage``, or that what has a checkpoint's name is none of ours."""
-    if checkpoint.is_symlink():
-        return "it is a symbolic link"
-    return damage(checkpoint) if checkpoint.is_dir() else "it is not a folder"
-
-
-def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """File name -> its size and hash. Raises OSError, or ValueError when it is no list of files in the folder."""
     path = folder / MANIFEST
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise ValueError("it is not a file")
-    entries = json.loads(path.read_text())
+    return parse_manifest(path.read_bytes())
+
+
+def parse_manifest(text: bytes) -> dict[str, dict[str, Any]]:
+    """File name -> its size ("bytes") and hash ("sha256"). Raises ValueError when that is not what the text says."""
+    try:
+        entries = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(entries, dict) or not entries:
         raise ValueError("it lists no files")
     for name, entry in entries.items():
-        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or type(entry.get("sha256")) is not str:
             raise ValueError(f"{name} has no size or no hash")
-        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-            raise ValueError(f"{name} leads out of the folder")
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts or "\0" in name or not PurePath(name).parts:
+            raise ValueError(f"{name!r} leads out of the folder")
     return entries
 
 
 def _keep_foreign(old: Path, new: Path) -> None:
     """Copy to ``new`` what the folder that it replaces has beside the files that we wrote."""
     try:
-        ours = {PurePath(name).parts[0] for name in _read_manifest(old)}
+        ours = {PurePath(name).parts[0] for name in read_manifest(old)}
     except (OSError, ValueError):
         ours = set()
     for path in old.iterdir():

@@ -1,5 +1,6 @@
 """A run's folder: models whole or absent, checked, found, rotated."""
 
+import json
 import os
 import shutil
 
@@ -10,7 +11,7 @@ from gpt2_hf import runs
 
 def write(path):
     (path / "sub").mkdir()
-    (path / "a.bin").write_bytes(b"abc")
+    (path / "model.safetensors").write_bytes(b"abc")
     (path / "sub" / "b.txt").write_text("text")
 
 
@@ -19,7 +20,7 @@ def test_written_folder_is_whole_and_replaces_the_old(tmp_path):
     for _ in range(2):
         runs.write_folder(folder, write)
         assert runs.damage(folder) is None
-        assert {p.name for p in folder.rglob("*")} == {"sub", "a.bin", "b.txt", "manifest.json"}
+        assert {p.name for p in folder.rglob("*")} == {"sub", "model.safetensors", "b.txt", "manifest.json"}
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000010"]
 
 
@@ -44,18 +45,21 @@ def manifest_of(text: str):
 @pytest.mark.parametrize(
     ("harm", "words"),
     [
-        (lambda f: (f / "a.bin").unlink(), "a.bin is missing"),
-        (lambda f: (f / "a.bin").write_bytes(b"ab"), "2 bytes instead of 3"),
-        (lambda f: (f / "a.bin").write_bytes(b"abd"), "a.bin has changed"),
+        (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"ab"), "2 bytes instead of 3"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"abd"), "model.safetensors has changed"),
         (lambda f: (f / "manifest.json").write_text("{"), "manifest.json cannot be read"),
         (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read"),
         (lambda f: (f / "manifest.json").unlink() or os.mkfifo(f / "manifest.json"), "it is not a file"),
-        *((manifest_of(text), "manifest.json cannot be read") for text in ("[]", "null", "{}", "3", '"a.bin"', "\xff")),
         *(
-            (manifest_of(f'{{"a.bin": {entry}}}'), "a.bin has no size")
+            (manifest_of(text), "manifest.json cannot be read")
+            for text in ("[]", "null", "{}", "3", '"model.safetensors"', "\xff")
+        ),
+        *(
+            (manifest_of(f'{{"model.safetensors": {entry}}}'), "model.safetensors has no size")
             for entry in ("null", "[]", '{"bytes": 3}', "{}")
         ),
-        (manifest_of('{"../step-00000010/a.bin": {"bytes": 3, "sha256": "x"}}'), "leads out of the folder"),
+        (manifest_of('{"../step-00000010/model.safetensors": {"bytes": 3, "sha256": "x"}}'), "leads out of the folder"),
         (manifest_of('{"/etc/passwd": {"bytes": 3, "sha256": "x"}}'), "leads out of the folder"),
         (lambda f: (shutil.rmtree(f), f.write_text("file")), "it is not a folder"),
         (lambda f: (shutil.rmtree(f), f.symlink_to("nowhere")), "it is a symbolic link"),
@@ -126,7 +130,7 @@ def test_the_model_of_a_run_is_its_final_unless_there_is_a_newer_one(tmp_path):
 
 def test_folders_without_weights_or_manifest_are_not_the_same(tmp_path):
     for name in ("a", "b"):
-        runs.write_folder(tmp_path / name, write)
+        runs.write_folder(tmp_path / name, lambda folder: (folder / "config.json").write_text("{}"))
     assert not runs.same_weights(tmp_path / "a", tmp_path / "b")
     for name in ("a", "b"):
         model_folder(tmp_path / name, "same")
@@ -146,7 +150,7 @@ def test_damaged_checkpoints_count_for_nothing(tmp_path):
     for step in (10, 20, 1000, 2000):
         runs.write_folder(tmp_path / f"step-{step:08d}", write)
     for step in (1000, 2000):  # of the same size, as a disk rots
-        (tmp_path / f"step-{step:08d}" / "a.bin").write_bytes(b"abd")
+        (tmp_path / f"step-{step:08d}" / "model.safetensors").write_bytes(b"abd")
     runs.write_folder(tmp_path / "step-00000030", write)
     runs.prune(tmp_path, keep_last=2, keep_every=0)
     assert list(runs.saved_steps(tmp_path)) == [20, 30, 1000, 2000]
@@ -165,7 +169,7 @@ def test_leftovers_of_a_kill_are_removed(tmp_path):
         "checkpoints",
         "step-00000010",
         "manifest.json",
-        "a.bin",
+        "model.safetensors",
         "sub",
         "b.txt",
     }
@@ -185,3 +189,35 @@ def test_what_others_put_into_a_folder_stays(tmp_path):
         assert (final / "README.md").read_text() == "mine" and (final / "runs/deep/notes").read_text() == "mine too"
         names = {"README.md", "runs", "link", "model.safetensors", "config.json", "manifest.json"}
         assert {path.name for path in final.iterdir()} == names
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    """Best is the lowest validation loss of those that are there and whole."""
+    root = tmp_path / "checkpoints"
+    for step in range(10, 60, 10):
+        runs.write_folder(root / f"step-{step:08d}", write)
+    rows = [{"step": step, "val_loss": loss} for step, loss in ((10, 3.0), (20, 2.5), (25, 1.0), (30, 2.0), (50, 4.0))]
+    odd = [{"step": 40, "val_loss": float("nan")}, {"step": 40}, {"val_loss": 0.1}, {"step": None, "val_loss": 0.1}]
+    odd += [{"step": [40], "val_loss": 0.1}, {"step": 40, "val_loss": "0.1"}, [40, 0.1], None, 3]
+    text = "".join(json.dumps(row) + "\n" for row in [*rows, *odd]).encode()
+    (tmp_path / "metrics.jsonl").write_bytes(text + b"\xff{\n" + b"[" * 100_000 + b'\n{"step": 40, "val_lo')
+    assert runs.best_step(tmp_path) == 30
+    (root / "step-00000030" / "model.safetensors").write_bytes(b"abd")
+    assert runs.best_step(tmp_path) == 20
+    runs.prune(root, keep_last=1, keep_every=0, best=runs.best_step(tmp_path))
+    assert list(runs.saved_steps(root)) == [20, 50] and runs.best_step(tmp_path) == 20
+    (tmp_path / "metrics.jsonl").unlink()
+    assert runs.best_step(tmp_path) is None
+
+
+def test_a_checkpoint_that_cannot_be_deleted_ends_nothing(tmp_path, monkeypatch):
+    for step in (10, 20):
+        runs.write_folder(tmp_path / f"step-{step:08d}", write)
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(runs.os, "replace", refuse)
+    said = []
+    runs.prune(tmp_path, keep_last=1, keep_every=0, warn=said.append)
+    assert said == [f"{tmp_path}/step-00000010 is no longer needed and cannot be deleted: Read-only file system"]

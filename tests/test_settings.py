@@ -220,7 +220,7 @@ def test_paths_are_expanded_in_every_knob_that_is_one(monkeypatch):
             others = [flag for flag in base if name not in ("inputs", "dataset") or not flag.startswith("--inputs")]
             value = parse_cli(cls, [*others, f"--{name}={typed}"])
             for part in name.split("."):
-                value = getattr(value, part)
+                value = getattr(value, "from_" if part == "from" else part)
             assert value in (found, (found,)), name
 
 

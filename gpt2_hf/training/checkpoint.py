@@ -36,7 +36,16 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.tokenizer import save_tokenizer
 from ..model import GPTForCausalLM
-from ..runs import TRAINER_STATE, begin_folder, describe_files, drop_unfinished, finish_folder, prune
+from ..runs import (
+    TRAINER_STATE,
+    begin_folder,
+    best_step,
+    describe_files,
+    drop_unfinished,
+    finish_folder,
+    prune,
+    step_name,
+)
 from .distributed import Host, put, settle, settled, whole
 
 if TYPE_CHECKING:
@@ -57,14 +66,15 @@ def save(parts: Parts, step: int) -> None:
         Exception: a fault of ours in the writing of the last one. A disk that took no more of it is only warned of.
     """
     folder, keep, scaler = parts.folder, parts.config.checkpoint, parts.accelerator.scaler
-    place = folder.checkpoints / f"step-{step:08d}"
+    place = folder.checkpoints / step_name(step)
     state = parts.identity | parts.watch.state()
     state |= {"step": step, "data_offset": parts.start.data_offset, "scaler": scaler and scaler.state_dict()}
 
     def saved() -> None:
         folder.newest = place
         if parts.accelerator.is_main_process:
-            prune(folder.checkpoints, keep.keep_last, keep.keep_every)
+            best = best_step(folder.path) if keep.keep_best else None
+            prune(folder.checkpoints, keep.keep_last, keep.keep_every, best, warn=parts.log.say)
 
     parts.saver.wait()
     parts.saver.begin(place, state, saved)

@@ -22,11 +22,16 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from .. import runs
+from ..config import RunConfig
 from ..files import lock_folder
 from ..knobs import ConfigError
 from ..program import UserError
 
 T = TypeVar("T")
+
+# Settings of which no change shows: where one start begins, and the shape, which is the checkpoint's own however it is
+# written (a preset, or each number).
+NOT_CHANGES = ("resume.", "model.preset", "model.n_", "model.vocab_size")
 
 RECORDS = ("config.yaml", "environment.json", "starts.jsonl", "metrics.jsonl", ".metrics.jsonl.writing", ".lock")
 
@@ -192,6 +197,6 @@ def changes(recorded: Path, config: str) -> list[str]:
         return []
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
         return [f"{recorded} cannot be read: what has changed since the last start is not shown"]
-    new = flat(config)
-    names = [name for name in new if old.get(name) != new[name]]
-    return [f"changed since the last start: {name} was {old.get(name)}, now {new[name]}" for name in names]
+    old, new = flat(RunConfig().to_yaml()) | old, flat(config)  # what an older version did not know, it had by default
+    names = [name for name in new if old[name] != new[name] and not name.startswith(NOT_CHANGES)]
+    return [f"changed since the last start: {name} was {old[name]}, now {new[name]}" for name in names]

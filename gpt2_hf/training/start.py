@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -23,7 +24,14 @@ from . import checkpoint
 from .run_folder import agree
 
 REWIND = "rewind.json"
+# The record, in a run's folder, of the checkpoint that `resume.from` named and the run has gone on from.
+TAKEN = "resumed_from.json"
+MOST_NAMED = 5  # bad checkpoints in an error
+RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+
 SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+# With another one of these the weights or the optimizers' state would not load.
+UNFORCEABLE = {"model.n_layer", "model.n_embd", "model.n_positions", "model.vocab_size", "optim.name"}
 
 
 @dataclass(frozen=True)
@@ -124,44 +132,134 @@ def identity(config: RunConfig, data: ShardSet) -> dict[str, Any]:
 
 
 def find_start(config: RunConfig, data: ShardSet, state: PartialState) -> Start:
-    """The newest whole checkpoint of the run, looked up by one rank so that all agree.
+    """The newest whole checkpoint of the run, or what ``resume`` asks for, looked up by one rank so that all agree.
 
     Raises:
-        ConfigError: when it belongs to another run than ``config`` describes, or cannot be gone on from.
+        ConfigError: when it belongs to another run than ``config`` describes, or cannot be gone on from; also when
+            there are checkpoints and none is whole: then a run does not begin anew by itself.
     """
+    return agree(state, lambda: _look(config, data))
 
-    def look() -> Start:
-        run_dir = Path(config.train.run_dir)
-        rewind = Rewind.read(run_dir)
-        if rewind:
-            discard_untrusted(run_dir / "checkpoints", rewind)
-        found = runs.newest_whole(run_dir / "checkpoints")
-        if found is None:
-            return Start()
-        try:
-            state_of_run = checkpoint.read_state(found)
-        except (OSError, ValueError) as error:
+
+def _look(config: RunConfig, data: ShardSet) -> Start:
+    run, resume = Path(config.train.run_dir), config.resume
+    taken, taken_step = _read_taken(run)
+    if resume.mode == "never" and not _is_restarted():
+        for record in (TAKEN, REWIND):
+            (run / record).unlink(missing_ok=True)
+        if aside := runs.set_aside(run):
+            print(f"resume.mode is never: beginning at step 0; what {run} had so far is in {aside}")
+        return Start()
+    if rewind := Rewind.read(run):
+        discard_untrusted(run / "checkpoints", rewind)
+    newest, bad = _newest(run)
+    if resume.from_ is None:
+        if newest is None and bad:
+            shown = "; ".join(bad[:MOST_NAMED]) + (f"; and {n} more" if (n := len(bad) - MOST_NAMED) > 0 else "")
             raise ConfigError(
-                f"{found} is whole, and no run can go on from it: {checkpoint.STATE} cannot be read ({error}); delete "
-                f"that checkpoint, or choose another --train.run_dir"
-            ) from None
-        saved = {"data.document_mask": False} | state_of_run  # older checkpoints don't name it
-        for name, now in identity(config, data).items():
-            if saved.get(name, now) != now:
-                raise ConfigError(
-                    f"{config.train.run_dir} holds a run with another {name} ({saved[name]}, now {now}); choose "
-                    f"another --train.run_dir, delete that folder, or set {name} back"
-                )
-        if saved["step"] > config.train.steps:
-            raise ConfigError(
-                f"train.steps is {config.train.steps}, and {found} is {saved['step']} steps along already: raise "
-                f"train.steps, or choose another --train.run_dir"
+                f"{run} has checkpoints, and no run can go on from any of them ({shown}); repair one, or begin at step "
+                f"0 with --resume.mode never, which moves them aside"
             )
-        if rewind and rewind.step == saved["step"]:
-            return Start(found, saved["step"], rewind.data_offset, rewind)
-        return Start(found, saved["step"], saved.get("data_offset", 0))
+        (run / TAKEN).unlink(missing_ok=True)
+        return Start() if newest is None else _check(config, data, newest, rewind)
 
-    return agree(state, look)
+    chosen = _chosen(run, resume.from_)
+    if taken == str(chosen) and newest and checkpoint.read_state(newest)["step"] > taken_step:
+        print(f"resume.from {resume.from_} was taken by an earlier start, and the run goes on from where it has come")
+        return _check(config, data, newest, rewind)
+    if reason := runs.problem(chosen) or _unusable(chosen):
+        steps = ", ".join(map(str, runs.saved_steps(run / "checkpoints"))) or "none"
+        raise ConfigError(
+            f"resume.from {resume.from_}: no run can go on from {chosen}: {reason}; steps with a checkpoint in {run}: "
+            f"{steps}"
+        )
+    start = _check(config, data, chosen)
+    if taken != str(chosen):
+        (run / REWIND).unlink(missing_ok=True)  # it was of steps that are made anew
+        is_own = _is_own(config, chosen)
+        if aside := runs.set_aside(run, start.step if is_own else None):
+            print(f"resume.from {resume.from_}: what {run} had {'after it' if is_own else 'so far'} is in {aside}")
+        with whole_file(run / TAKEN) as file:
+            file.write(json.dumps({"from": str(chosen), "step": start.step}).encode())
+    return start
+
+
+def _newest(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that a run can go on from, and a line for each that was passed over, printed already."""
+    folder = run / "checkpoints"
+    passed_over: list[str] = []
+    try:
+        newest = runs.newest_whole(folder, passed_over.append, _unusable)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be read ({error.strerror}); choose another --train.run_dir") from None
+    for line in passed_over:
+        print(line)
+    return newest, passed_over
+
+
+def _chosen(run: Path, name: str) -> Path:
+    """The folder that ``resume.from`` names: a step of the run, or a path."""
+    if name.isdecimal():
+        return run / "checkpoints" / runs.step_name(int(name))
+    own = run / "checkpoints" / name
+    return own if not Path(name).exists() and own.is_dir() else Path(name).absolute()
+
+
+def _is_own(config: RunConfig, folder: Path) -> bool:
+    return folder.resolve().parent == (Path(config.train.run_dir) / "checkpoints").resolve()
+
+
+def _unusable(folder: Path) -> str | None:
+    """Why no run can go on from a whole checkpoint, or None: it is a model without a trainer's state."""
+    try:
+        checkpoint.read_state(folder)
+    except (OSError, ValueError) as error:
+        return f"no run can go on from it: {checkpoint.STATE} cannot be read ({error})"
+    return None
+
+
+def _check(config: RunConfig, data: ShardSet, found: Path, rewind: Rewind | None = None) -> Start:
+    """A start from a checkpoint, to which ``rewind`` may have gone back. Raises ConfigError when it belongs to another run, naming all that differs."""
+    saved = {"data.document_mask": False} | checkpoint.read_state(found)  # older checkpoints don't name it
+    now = identity(config, data)
+    if unknown := set(config.resume.force) - now.keys():
+        raise ConfigError(f"resume.force: {', '.join(sorted(unknown))} is not among {', '.join(now)}")
+    different = [name for name in now if saved.get(name, now[name]) != now[name]]
+    refused = [name for name in different if name not in config.resume.force or name in UNFORCEABLE]
+    if refused:
+        listed = ", another ".join(f"{name} ({saved[name]}, now {now[name]})" for name in refused)
+        forced = ",".join(name for name in refused if name not in UNFORCEABLE)
+        way_on = f", or go on all the same with --resume.force {forced}" if forced else ""
+        way_on += f"; {', '.join(fixed)} cannot be forced" if (fixed := sorted(UNFORCEABLE & {*refused})) else ""
+        run_dir = config.train.run_dir
+        whose = f"{run_dir} holds a run" if _is_own(config, found) else f"{found} is of a run"
+        choose = "choose another --train.run_dir, delete that folder, or " if _is_own(config, found) else ""
+        them = "it" if len(refused) == 1 else "them"
+        raise ConfigError(f"{whose} with another {listed}; {choose}set {them} back{way_on}")
+    for name in different:
+        print(f"resume.force: {name} was {saved[name]} in {found}, and is {now[name]} from now on")
+    if saved["step"] > config.train.steps:
+        raise ConfigError(
+            f"train.steps is {config.train.steps}, and {found} is {saved['step']} steps along already: raise "
+            f"train.steps, or choose another --train.run_dir"
+        )
+    if rewind and rewind.step == saved["step"]:
+        return Start(found, saved["step"], rewind.data_offset, rewind)
+    return Start(found, saved["step"], saved.get("data_offset", 0))
+
+
+def _read_taken(run: Path) -> tuple[str | None, int]:
+    """The checkpoint that ``resume.from`` named and the run has begun from, and its step; None when there is none."""
+    try:
+        taken = json.loads((run / TAKEN).read_text())
+        return str(taken["from"]), int(taken["step"])
+    except (OSError, ValueError, TypeError, LookupError):
+        return None, 0
+
+
+def _is_restarted() -> bool:
+    """Whether torchrun or Slurm has started this command again by itself: then it goes on, whatever it was told."""
+    return any(os.environ.get(name, "0") not in ("", "0") for name in RESTART_COUNTS)
 
 
 def discard_untrusted(checkpoints: Path, rewind: Rewind, say: Callable[[str], None] = print) -> None:

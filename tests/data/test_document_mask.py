@@ -373,13 +373,13 @@ def test_shards_whose_documents_begin_with_the_token():
 @pytest.mark.parametrize("saved", [{}, {"data.document_mask": False}, {"data.document_mask": True}])
 def test_a_run_cannot_change_it_on_the_way(data, tmp_path, monkeypatch, saved):
     """A checkpoint that does not name it was made without."""
-    monkeypatch.setattr(start.runs, "newest_whole", lambda folder: tmp_path)
+    monkeypatch.setattr(start.runs, "newest_whole", lambda *_: tmp_path / "checkpoints" / "step-00000003")
     monkeypatch.setattr(start.checkpoint, "read_state", lambda folder: {"step": 3, **saved})
     before = saved.get("data.document_mask", False)
     for now in (False, True):
         arguments = recipe(data, tmp_path, document_mask=now), open_split(data, "train"), PartialState(cpu=True)
         if now == before:
-            assert start.find_start(*arguments) == start.Start(tmp_path, 3)
+            assert start.find_start(*arguments) == start.Start(tmp_path / "checkpoints" / "step-00000003", 3)
         else:
             with pytest.raises(ConfigError, match=rf"another data.document_mask \({before}, now {now}\)"):
                 start.find_start(*arguments)

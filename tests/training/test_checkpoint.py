@@ -51,6 +51,7 @@ def test_optimizer_state_returns_exactly_and_new_settings_win(tmp_path, name):
 def test_a_model_under_a_checkpoints_name_is_refused_in_a_line(tmp_path):
     """It is whole, so it would be gone on from; but it does not say of which run it is."""
     config = RunConfig(train=TrainSection(run_dir=str(tmp_path)))
-    write_folder(tmp_path / "checkpoints" / "step-00000010", lambda folder: (folder / "config.json").write_text("{}"))
+    folder = tmp_path / "checkpoints" / "step-00000010"
+    write_folder(folder, lambda path: (path / "model.safetensors").write_text("weights"))
     with pytest.raises(ConfigError, match=r"no run can go on from it: trainer_state/state\.json cannot be read"):
         find_start(config, None, PartialState(cpu=True))
