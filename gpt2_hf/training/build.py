@@ -26,6 +26,7 @@ from ..config import RunConfig
 from ..data.documents import DocumentMask
 from ..data.shards import ShardSet
 from ..data.tokenizer import load_tokenizer
+from ..files import mask
 from ..knobs import ConfigError
 from ..model import GPTForCausalLM
 from ..model.loss import LossKernels
@@ -34,7 +35,7 @@ from . import checkpoint
 from .measures import Measures, build_document_mask
 from .metrics import RunLog, Throughput, flops_per_token
 from .optim import build_optimizers
-from .run_folder import RunFolder, flat, mask
+from .run_folder import RunFolder, flat
 from .start import Data, Start, identity
 from .watch import Watch
 
@@ -234,7 +235,10 @@ def open_log(
         f"{config.grad_accum_steps(accelerator.num_processes)} accumulated; {steps * batch / data.n_tokens:.2f} epochs"
     )
     track = accelerator.log if config.train.trackers else None
-    return RunLog(run_dir, start.step, steps, batch, accelerator.is_main_process, track)
+    log = RunLog(run_dir, start.step, steps, batch, accelerator.is_main_process, track)
+    if accelerator.is_main_process:
+        folder.rows = log.rows
+    return log
 
 
 def environment(accelerator: Accelerator, data: ShardSet, precision: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..files import whole_file
 from ..model.configuration_gpt import GPTConfig
 from ..program import print_any_character
 from ..runs import read_rows
+from .run_folder import RowFile
 
 
 def flops_per_token(n_parameters: int, config: GPTConfig, seq_len: int) -> int:
@@ -107,17 +106,16 @@ class RunLog:
         )
         if self.enabled:
             path = run_dir / "metrics.jsonl"
-            kept = [row for row in read_rows(path) if row["step"] <= start_step] if start_step else []
-            with whole_file(path) as file:
-                file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
-            self._file = path.open("a", buffering=1)
+            rows = read_rows(path) if start_step else []
+            kept = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= start_step]
+            self.rows = RowFile(path, kept, self.say)
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Write a row, if there is anything in it, hand it to the trackers, and show its main figures."""
         if not (row and self.enabled):
             return
         row = {"step": step, "tokens_seen": step * self.tokens_per_step, **row}
-        self._file.write(json.dumps(row) + "\n")
+        self.rows.write(row)
         if self.track:
             self.track({key: value for key, value in row.items() if not isinstance(value, list)}, step=step)
         if "train_loss" in row:
@@ -143,4 +141,4 @@ class RunLog:
     def close(self) -> None:
         self.bar.close()
         if self.enabled:
-            self._file.close()
+            self.rows.close()
