@@ -24,6 +24,7 @@ from ..program import last_words
 from .build import Parts, build
 from .checkpoint import save, save_final
 from .metrics import is_due, peak_memory_gb
+from .mirror import mirroring
 from .optim import lr_at, set_lr, step_optimizers
 from .preflight import check_environment, check_launcher, check_run
 from .run_folder import RunFolder
@@ -55,9 +56,15 @@ def train(config: RunConfig) -> Path:
         if is_finished(config, start):
             folder.is_finished = True
             state.print(folder.already_finished())
+            with mirroring(folder.path, config.checkpoint, None, state.is_main_process):
+                pass  # of which the last start may have left something
             return folder.final
         parts = build(config, data, start, folder, state)
-        with closing(parts.log), advice_on_memory(config, state.num_processes):
+        with (
+            mirroring(folder.path, config.checkpoint, start.step, state.is_main_process),
+            closing(parts.log),
+            advice_on_memory(config, state.num_processes),
+        ):
             loop(config, parts)
             save_final(parts)
         accelerator = parts.accelerator
