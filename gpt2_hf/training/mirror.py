@@ -75,17 +75,24 @@ class Copy:
         self.names = set(storage.find())
         self._manifests: dict[str, bytes | None] = {}  # of folders there, by name, as far as looked at
         self._written: set[tuple[str, str]] = set()  # files and their hashes: a second try begins where one failed
+        self._damaged: set[tuple[str, bytes]] = set()
+        self._all_there: list[Any] = []
         if start_step is not None:
             self._set_aside(start_step)
 
     def left(self) -> list[str]:
         """Folders of the run that are whole and not there, in the order in which they are copied."""
         saved = runs.saved_steps(self.run / "checkpoints")
+        seen = [(folder, _mtime(folder / runs.MANIFEST)) for folder in (*saved.values(), self.run / "final")]
+        if seen == self._all_there:
+            return []  # without a look at what is there and what is best: this is asked every other second
         not_kept = set(self._surplus({*saved, *steps_there(self.names)}))
         checkpoints = [saved[step] for step in sorted(saved, reverse=True) if step not in not_kept]
         final = [self.run / "final"] if (self.run / "final").is_dir() else []
         folders = [*checkpoints[:1], *final, *checkpoints[1:]]
-        return [folder.relative_to(self.run).as_posix() for folder in folders if self._is_new(folder)]
+        found = [folder.relative_to(self.run).as_posix() for folder in folders if self._is_new(folder)]
+        self._all_there = [] if found else seen
+        return found
 
     def there(self) -> list[str]:
         """Folders that are known to be there."""
@@ -115,10 +122,14 @@ class Copy:
         name = folder.relative_to(self.run).as_posix()
         try:
             manifest = (folder / runs.MANIFEST).read_bytes()
-            is_whole = runs.is_whole(folder) if name != "final" else runs.damage(folder) is None
         except OSError:
             return False
-        return is_whole and manifest != self._manifest(name)
+        if manifest == self._manifest(name) or (name, manifest) in self._damaged:
+            return False
+        if reason := runs.damage(folder) if name == "final" else runs.problem(folder):
+            logger.warning("%s is damaged and not copied: %s", name, reason)
+            self._damaged.add((name, manifest))
+        return reason is None
 
     def _manifest(self, name: str) -> bytes | None:
         if name not in self._manifests:
@@ -182,6 +193,13 @@ class Copy:
             self.storage.copy("metrics.jsonl", f"before-{number}/metrics.jsonl")
 
 
+def _mtime(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
 def steps_there(names: set[str]) -> list[int]:
     """Steps of the checkpoints that are whole by the names of a storage's files, the newest first."""
     parts = [name.split("/") for name in names]
@@ -193,14 +211,10 @@ def steps_there(names: set[str]) -> list[int]:
 # A start on a fresh machine
 
 
-def fetch_records(run: Path, url: str) -> None:
-    """Bring the run's records from its mirror, those that it has not. Raises ShardError or ImportError, in one line."""
+def read_record(url: str, name: str) -> bytes | None:
+    """A record in a run's mirror; None where it has none. Raises ShardError or ImportError, in one line."""
     storage = Storage.open(url, AT_START)
-    for name in storage.find():
-        if name in RECORDS and not (run / name).exists():
-            content = storage.read_file(name)
-            with whole_file(run / name) as file:
-                file.write(content)
+    return storage.read_file(name) if name in storage.find() else None
 
 
 def fetch_newest(
@@ -208,7 +222,7 @@ def fetch_newest(
 ) -> Path | None:
     """Bring the newest whole checkpoint from a run's mirror; where there is none, ``final``; None: there is neither.
 
-    Damaged ones are named and passed over.
+    With it come the records that the run has not. Damaged ones are named and passed over.
 
     Args:
         accept: called with the ``state.json`` of a checkpoint and its URL before the rest of it is fetched; raises what
@@ -236,6 +250,11 @@ def fetch_newest(
             if runs.STATE in manifest:
                 accept(_parsed(json.loads, storage.read_file(f"{folder}/{runs.STATE}")), where)
             _fetch(storage, folder, manifest, run / folder)
+            for record in RECORDS:
+                if record in names and not (run / record).exists():
+                    content = storage.read_file(record)
+                    with whole_file(run / record) as file:
+                        file.write(content)
             return run / folder
         except _Damaged as error:
             print(f"{where} is damaged and not used: {error}", flush=True)

@@ -172,8 +172,7 @@ def _fetch(config: RunConfig, data: ShardSet) -> Path | None:
     assert url is not None
     only = None
     try:
-        mirror.fetch_records(run, url)
-        if resume.from_ is not None and _read_taken(run)[0] != str(_chosen(run, resume.from_)):
+        if resume.from_ is not None and _taken(mirror.read_record(url, TAKEN))[0] != str(_chosen(run, resume.from_)):
             if not resume.from_.isdecimal():
                 return None
             only = int(resume.from_)
@@ -245,9 +244,16 @@ def _refuse_other(config: RunConfig, data: ShardSet, saved: dict[str, Any], plac
 def _read_taken(run: Path) -> tuple[str | None, int]:
     """The checkpoint that ``resume.from`` named and the run has begun from, and its step; None when there is none."""
     try:
-        taken = json.loads((run / TAKEN).read_text())
+        return _taken((run / TAKEN).read_bytes())
+    except OSError:
+        return None, 0
+
+
+def _taken(record: bytes | None) -> tuple[str | None, int]:
+    try:
+        taken = json.loads(record or b"")
         return str(taken["from"]), int(taken["step"])
-    except (OSError, ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         return None, 0
 
 

@@ -101,7 +101,6 @@ def test_a_copy_is_the_run_and_comes_back_equal(small_run, tmp_path, request, ki
 
     fresh, seen = tmp_path / "fresh", []
     fresh.mkdir()
-    mirror.fetch_records(fresh, url)
     found = fetch_newest(fresh, url, lambda state, where: seen.append((state["step"], where)))
     assert found == fresh / "checkpoints" / "step-00000030" and runs.problem(found) is None
     assert seen == [(30, f"{url}/checkpoints/step-00000030")]
@@ -184,9 +183,7 @@ def test_damage_there_is_passed_over_by_name(small_run, tmp_path, capsys, harm, 
     assert [path.name for path in (fresh / "checkpoints").iterdir()] == ["step-00000020"]
 
 
-def test_a_storage_in_trouble_is_asked_until_all_is_there_and_the_manifest_comes_last(
-    proxy, small_run, tmp_path, monkeypatch
-):
+def test_a_storage_in_trouble_is_asked_until_all_is_there_manifests_last(proxy, small_run, tmp_path, monkeypatch):
     url = new_url("s3", tmp_path)
     upload(url, {"other": b"x"})
     chance = random.Random(7)
@@ -265,7 +262,7 @@ def test_a_storage_that_does_not_answer_is_no_reason_to_begin_anew(data, tmp_pat
         assert words in refusal(mirrored(config, wrong))
 
 
-@pytest.mark.parametrize("fault", ["stall", "503", "403"])
+@pytest.mark.parametrize("fault", ["stall", "403"])
 def test_a_storage_that_never_takes_anything_costs_nothing_but_the_copies(data, tmp_path, proxy, capsys, fault):
     url = new_url("s3", tmp_path)
     upload(url, {"other": b"x"})
