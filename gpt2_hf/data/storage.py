@@ -161,6 +161,10 @@ class Storage:
                 self.fs.rm_file(f"{self.root}/{name}")
 
         self._persist(f"{self.location}/{name}", remove)
+        if getattr(self.fs, "local_file", False):  # of a disk: object storage has no folders to be left over
+            with suppress(OSError):
+                for folder in list(Path(self.root, name).parents)[: len(Path(name).parents) - 1]:
+                    folder.rmdir()
 
     def _read_piece(self, path: str, start: int, stop: int) -> bytes:
         data = self.fs.cat_file(path, start=start, end=stop)
