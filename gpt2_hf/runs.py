@@ -248,11 +248,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict):
-            rows.append(row)
     return rows
 
 
@@ -261,6 +259,8 @@ def best_step(run: Path) -> int | None:
     kept = saved_steps(run / "checkpoints")
     measured = {}
     for row in read_rows(run / "metrics.jsonl"):
+        if not isinstance(row, dict):
+            continue  # none that a run writes
         step, loss = row.get("step"), row.get("val_loss")
         if isinstance(step, int) and step in kept and isinstance(loss, float) and math.isfinite(loss):
             measured[step] = loss

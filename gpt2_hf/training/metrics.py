@@ -107,7 +107,7 @@ class RunLog:
         if self.enabled:
             path = run_dir / "metrics.jsonl"
             rows = read_rows(path) if start_step else []
-            kept = [row for row in rows if isinstance(row.get("step"), int) and row["step"] <= start_step]
+            kept = [row for row in rows if _is_up_to(start_step, row)]
             self.rows = RowFile(path, kept, self.say)
 
     def write(self, step: int, row: dict[str, Any]) -> None:
@@ -142,3 +142,7 @@ class RunLog:
         self.bar.close()
         if self.enabled:
             self.rows.close()
+
+
+def _is_up_to(step: int, row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step
