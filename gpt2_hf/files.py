@@ -1,15 +1,22 @@
-"""Files that are whole or absent, on the disk when they are said to be, and locks that die with their process."""
+"""Files that are whole or absent, on the disk when they are said to be; locks that die with their process."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
+import re
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
+
+# The part of a URL before its host, and the parts of its query that open doors.
+_USER = re.compile(r"(://)[^/\s\"'?#]*@")
+_KEY = re.compile(
+    r"([?&][^=&\s\"']*(?:token|key|secret|passw|signature|credential|auth)[^=&\s\"']*=)[^&\s\"'#]+", re.IGNORECASE
+)
 
 
 @contextmanager
@@ -90,9 +97,14 @@ def lock_folder(folder: Path) -> IO[str]:
         file.close()
         raise BlockingIOError(holder)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
+    with suppress(OSError):  # on a full disk the lock holds all the same
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     return file
+
+
+def mask(text: str) -> str:
+    """``text`` without the passwords and keys of its URLs."""
+    return _KEY.sub(r"\1***", _USER.sub(r"\1***@", text))
 
 
 def sha256(path: Path) -> str:

@@ -271,11 +271,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            row = json.loads(line)
+            rows.append(json.loads(line))
         except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict):
-            rows.append(row)
     return rows
 
 
@@ -284,10 +282,12 @@ def best_step(run: Path) -> int | None:
     kept = saved_steps(run / "checkpoints")
     measured = {}
     for row in read_rows(run / "metrics.jsonl"):
+        if not isinstance(row, dict):
+            continue  # none that a run writes
         step, loss = row.get("step"), row.get("val_loss")
         if isinstance(step, int) and step in kept and isinstance(loss, float) and math.isfinite(loss):
             measured[step] = loss
-    return next((step for step in sorted(measured, key=measured.__getitem__) if _is_whole(kept[step])), None)
+    return next((step for step in sorted(measured, key=measured.__getitem__) if is_whole(kept[step])), None)
 
 
 def prune(
@@ -295,7 +295,7 @@ def prune(
 ) -> None:
     """Delete the checkpoints that ``surplus`` names; one that cannot be deleted is named to ``warn`` and stays."""
     saved = saved_steps(root)
-    for step in surplus(saved, lambda step: _is_whole(saved[step]), keep_last, keep_every, best):
+    for step in surplus(saved, lambda step: is_whole(saved[step]), keep_last, keep_every, best):
         try:
             delete(saved[step])
         except OSError as error:
@@ -356,6 +356,24 @@ def remove_leftovers(run: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def link_folder(folder: Path, place: Path) -> dict[str, dict[str, Any]]:
+    """Make ``place`` the same files under other names, which stay when ``folder`` is deleted; returns the manifest.
+
+    They take no space, or are copies where the file system has no links. Raises OSError or ValueError.
+    """
+    shutil.rmtree(place, ignore_errors=True)
+    manifest = read_manifest(folder)
+    for name in (*manifest, MANIFEST):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(folder / name, place / name)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            shutil.copy2(folder / name, place / name)
+    return manifest
+
+
 # Stamps of folders that this process wrote or read to the end: at every save, gigabytes would be read again.
 _known_whole: set[tuple[Any, ...]] = set()
 
@@ -365,7 +383,8 @@ def _stamp(folder: Path) -> tuple[Any, ...]:
     return tuple((path, info.st_mode, info.st_size, info.st_mtime_ns) for path, info in found)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def is_whole(checkpoint: Path) -> bool:
+    """Whether ``problem`` finds none; what has not changed since it was read is not read again."""
     try:
         stamp = _stamp(checkpoint)
     except OSError:

@@ -4,23 +4,26 @@ import errno
 import logging
 import os
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import urlsplit
 
+from ..files import mask
 from .folder import ShardError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CHUNK_BYTES = 8 << 20  # bytes of one request
+SLOW = 1e6  # bytes per second
 # What a storage tells of a file's content, the best first: its own hash, else when it was written.
 MARKS = ("ETag", "etag", "md5Hash", "blob_id", "mtime", "LastModified", "last_modified", "updated", "created")
 # Words in the names of errors that no waiting mends: NoCredentialsError, ProfileNotFound, OfflineModeIsEnabled, ...
@@ -72,7 +75,7 @@ class Storage:
         """Raises ShardError or ImportError, in one line, for a URL that fsspec or its packages do not know."""
         import fsspec
 
-        location = _without_password(url if url.endswith("://") else url.rstrip("/"))
+        location = mask(url if url.endswith("://") else url.rstrip("/"))
         protocol = urlsplit(url).scheme
         # An object of our own, without a cache of listings, so that a new folder sees what is there now.
         options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
@@ -81,6 +84,8 @@ class Storage:
             given = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
             ours = {"retries": {"total_max_attempts": 1}, "read_timeout": 2 * retry.timeout}
             options["config_kwargs"] = {**ours, **given}
+        if protocol in ("", "file", "local"):
+            options["auto_mkdir"] = True
         try:
             fs, root = fsspec.url_to_fs(url, **options)
         except ImportError as error:
@@ -92,6 +97,7 @@ class Storage:
             raise ShardError(f"{location}: {_reason(error, retry.timeout)}: {_advice(location)}") from error
         if is_s3:
             fs.retries = 1
+            fs.max_concurrency = 2  # parts of 50 MB and more that an upload holds in memory
         return cls(location, fs, root.rstrip("/"), retry)
 
     def parent(self) -> tuple["Storage", str]:
@@ -101,16 +107,19 @@ class Storage:
 
     def list(self) -> dict[str, StoredFile]:
         """Name -> file, of every file below; the name is empty where the URL is that of a file."""
+        if not (files := self.find()):
+            raise ShardError(f"{self.location}: there are no files below it: {_advice(self.location)}")
+        return files
+
+    def find(self) -> dict[str, StoredFile]:
+        """The same, also where there is none."""
         found = self._persist(self.location, partial(self.fs.find, self.root, detail=True))
         below = f"{self.root}/"
-        files = {
+        return {
             "" if path == self.root else path.removeprefix(below): StoredFile.of(info)
             for path, info in found.items()
             if info.get("type", "file") == "file" and (path == self.root or path.startswith(below))
         }
-        if not files:
-            raise ShardError(f"{self.location}: there are no files below it: {_advice(self.location)}")
-        return files
 
     def look(self, name: str) -> StoredFile:
         """What is told of one file now."""
@@ -129,6 +138,34 @@ class Storage:
             ask = partial(self._read_piece, path, first, min(first + CHUNK_BYTES, stop))
             yield self._persist(f"{self.location}/{name}", ask)
 
+    def read_file(self, name: str) -> bytes:
+        """All of a small file, as long as it is now."""
+        return self._persist(f"{self.location}/{name}", partial(self.fs.cat_file, f"{self.root}/{name}"))
+
+    def write(self, name: str, file: Path) -> None:
+        """Put a local file there. A file system that takes no more than SLOW bytes a second is given more time."""
+        put = partial(self.fs.put_file, str(file), f"{self.root}/{name}")
+        self._persist(f"{self.location}/{name}", put, self.retry.timeout + file.stat().st_size / SLOW, longer=2.0)
+
+    def copy(self, name: str, other: str) -> None:
+        """Make another file of the same content there, by the storage itself where it can."""
+        copy = partial(self.fs.cp_file, f"{self.root}/{name}", f"{self.root}/{other}")
+        size = self.look(name).size or 0
+        self._persist(f"{self.location}/{other}", copy, self.retry.timeout + size / SLOW, longer=2.0)
+
+    def remove(self, name: str) -> None:
+        """Delete a file there, if it is there."""
+
+        def remove() -> None:
+            with suppress(FileNotFoundError):
+                self.fs.rm_file(f"{self.root}/{name}")
+
+        self._persist(f"{self.location}/{name}", remove)
+        if getattr(self.fs, "local_file", False):  # of a disk: object storage has no folders to be left over
+            with suppress(OSError):
+                for folder in list(Path(self.root, name).parents)[: len(Path(name).parents) - 1]:
+                    folder.rmdir()
+
     def _read_piece(self, path: str, start: int, stop: int) -> bytes:
         data = self.fs.cat_file(path, start=start, end=stop)
         if len(data) != stop - start:
@@ -137,14 +174,16 @@ class Storage:
             raise kind(f"{len(data):,} bytes came instead of {stop - start:,}")
         return data
 
-    def _persist(self, url: str, ask: Callable[[], T]) -> T:
-        """What `ask` returns, asked again for as long as it makes sense."""
+    def _persist(self, url: str, ask: Callable[[], T], timeout: float | None = None, longer: float = 1.0) -> T:
+        """What `ask` returns, asked again for as long as it makes sense, each time with `longer` times the timeout."""
+        timeout = timeout or self.retry.timeout
         wait, started = self.retry.first_wait, time.monotonic()
         while True:
             try:
-                return _within(self.retry.timeout, ask)
+                return _within(timeout, ask)
             except Exception as error:
-                reason = _reason(error, self.retry.timeout)
+                reason = _reason(error, timeout)
+                timeout *= longer if isinstance(error, TimeoutError) else 1.0
                 if not _is_transient(error):
                     raise ShardError(f"{url}: {reason}: {_advice(url)}") from error
                 pause = wait * random.uniform(0.5, 1.0)
@@ -224,7 +263,7 @@ def _reason(error: BaseException, timeout: float) -> str:
         return f"no answer for {timeout:g} s"
     text = " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())
     status = _http_status(error)
-    return _without_password(f"HTTP {status}, {text}" if status else text)[:200]
+    return mask(f"HTTP {status}, {text}" if status else text)[:200]
 
 
 def _advice(url: str) -> str:
@@ -242,7 +281,3 @@ def _advice(url: str) -> str:
     if protocol == "hf":
         return "check the repository and the path, and hf auth login or HF_TOKEN for a private one"
     return "check the URL and that this machine may read it"
-
-
-def _without_password(text: str) -> str:
-    return re.sub(r"://[^/@\s]*@", "://***@", text)

@@ -26,6 +26,7 @@ from ..config import RunConfig
 from ..data.documents import DocumentMask
 from ..data.shards import ShardSet
 from ..data.tokenizer import load_tokenizer
+from ..files import mask
 from ..knobs import ConfigError
 from ..model import GPTForCausalLM
 from ..model.loss import LossKernels
@@ -35,7 +36,7 @@ from .distributed import Host, distribute, hide_shards_from_accelerate, sharding
 from .measures import Measures, build_document_mask
 from .metrics import RunLog, Throughput, flops_per_token
 from .optim import build_optimizers
-from .run_folder import RunFolder, flat, mask
+from .run_folder import RunFolder, flat
 from .start import Data, Start, identity
 from .watch import Watch
 
@@ -263,6 +264,8 @@ def open_log(
     log = RunLog(run_dir, start.step, steps, batch, accelerator.is_main_process, track)
     if start.rewind:
         log.go_back(start.step, start.rewind.row())
+    if accelerator.is_main_process:
+        folder.rows = log.rows
     return log
 
 

@@ -26,6 +26,7 @@ from .build import Parts, build
 from .checkpoint import save, save_final
 from .distributed import clip, exchange
 from .metrics import is_due, peak_memory_gb
+from .mirror import mirroring
 from .optim import lr_at, set_lr, step_optimizers
 from .preflight import check_environment, check_launcher, check_run
 from .rewind import rewind
@@ -59,9 +60,16 @@ def train(config: RunConfig) -> Path:
         if is_finished(config, start):
             folder.is_finished = True
             state.print(folder.already_finished())
+            with mirroring(folder.path, config.checkpoint, None, state.is_main_process):
+                pass  # of which the last start may have left something
             return folder.final
         parts = build(config, data, start, folder, state)
-        with closing(parts.log), closing(parts.saver), advice_on_memory(config, state.num_processes):
+        with (
+            mirroring(folder.path, config.checkpoint, start.step, state.is_main_process),
+            closing(parts.log),
+            closing(parts.saver),
+            advice_on_memory(config, state.num_processes),
+        ):
             train_and_rewind(config, parts)
         accelerator = parts.accelerator
         # The model goes before the process group does. Were DDP the last to hold it, gloo's thread would be waited for

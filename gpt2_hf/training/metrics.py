@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
@@ -13,10 +12,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..files import whole_file
 from ..model.configuration_gpt import GPTConfig
 from ..program import print_any_character
 from ..runs import read_rows
+from .run_folder import RowFile
 
 
 def flops_per_token(n_parameters: int, config: GPTConfig, seq_len: int) -> int:
@@ -107,22 +106,18 @@ class RunLog:
         )
         self._path = run_dir / "metrics.jsonl"
         if self.enabled:
-            self._keep(start_step)
+            self.rows = RowFile(self._path, self._kept(start_step), self.say)
 
-    def _keep(self, last_step: int) -> list[dict[str, Any]]:
-        """Open the file without its rows after ``last_step``; the others."""
-        kept = [row for row in read_rows(self._path) if row["step"] <= last_step] if last_step else []
-        with whole_file(self._path) as file:
-            file.write("".join(json.dumps(row) + "\n" for row in kept).encode())
-        self._file = self._path.open("a", buffering=1)
-        return kept
+    def _kept(self, last_step: int) -> list[dict[str, Any]]:
+        return [row for row in read_rows(self._path) if _is_up_to(last_step, row)] if last_step else []
 
     def go_back(self, step: int, row: dict[str, Any]) -> None:
         """Drop what was written after ``step``, and write a row that says why, unless it is there already."""
         if not self.enabled:
             return
-        self._file.close()
-        if not any(row.items() <= old.items() for old in self._keep(step)):
+        kept = self._kept(step)
+        self.rows.replace(kept)
+        if not any(row.items() <= old.items() for old in kept):
             self.write(step, row)
         self.bar.n = step
         self.bar.refresh()
@@ -132,7 +127,7 @@ class RunLog:
         if not (row and self.enabled):
             return
         row = {"step": step, "tokens_seen": step * self.tokens_per_step, **row}
-        self._file.write(json.dumps(row) + "\n")
+        self.rows.write(row)
         if self.track:
             self.track({key: value for key, value in row.items() if not isinstance(value, list)}, step=step)
         if "train_loss" in row:
@@ -160,4 +155,8 @@ class RunLog:
     def close(self) -> None:
         self.bar.close()
         if self.enabled:
-            self._file.close()
+            self.rows.close()
+
+
+def _is_up_to(step: int, row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("step"), int) and row["step"] <= step

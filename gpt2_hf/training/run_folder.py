@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
-from typing import IO, Any, Self, TypeVar
+from typing import IO, Any, BinaryIO, Self, TypeVar
 
 import yaml
 from accelerate import PartialState
@@ -23,7 +23,7 @@ from accelerate.utils import broadcast_object_list
 
 from .. import runs
 from ..config import RunConfig
-from ..files import lock_folder
+from ..files import lock_folder, mask, whole_file
 from ..knobs import ConfigError
 from ..program import UserError
 
@@ -33,20 +33,28 @@ T = TypeVar("T")
 # written (a preset, or each number).
 NOT_CHANGES = ("resume.", "model.preset", "model.n_", "model.vocab_size")
 
-RECORDS = ("config.yaml", "environment.json", "starts.jsonl", "metrics.jsonl", ".metrics.jsonl.writing", ".lock")
-
-# The part of a URL before its host, and the parts of its query that open doors.
-_USER = re.compile(r"(://)[^/\s\"'?#]*@")
-_KEY = re.compile(
-    r"([?&][^=&\s\"']*(?:token|key|secret|passw|signature|credential|auth)[^=&\s\"']*=)[^&\s\"'#]+", re.IGNORECASE
+RECORDS = (
+    "config.yaml",
+    "environment.json",
+    "starts.jsonl",
+    "metrics.jsonl",
+    "resumed_from.json",
+    "mirror.log",
+    ".lock",
 )
+RETRY_S = 10.0  # between two tries to write records on a full disk
+
+
+class FolderGone(UserError):
+    """The run's folder was deleted, renamed or replaced: what is written there now is lost, or goes elsewhere."""
 
 
 class RunFolder:
     """The folder ``path`` as this start's own, from entering to leaving; only the first rank touches it.
 
     ``step`` and ``newest`` follow the run, so that whoever stops it hears what the next start goes on from. A folder
-    that this start made and in which nothing was measured is removed again when it ends with an error.
+    that this start made and in which nothing was measured is removed again when it ends with an error. Records that
+    a full disk does not take are written when it does; training goes on meanwhile.
 
     Raises:
         ConfigError: on entering, on all ranks, when another process has the folder, or none can.
@@ -60,6 +68,10 @@ class RunFolder:
         self._state = state
         self._made: list[Path] = []
         self._lock: IO[str] | None = None
+        self._records: dict[str, bytes] = {}  # of this start, by file name
+        self._unwritten: dict[str, bytes] = {}  # those that the disk has not taken yet
+        self._next_try = 0.0
+        self.rows: RowFile | None = None  # metrics.jsonl, once it is open
 
     def __enter__(self) -> Self:
         agree(self._state, self._take)
@@ -87,7 +99,7 @@ class RunFolder:
             raise ConfigError(f"train.run_dir {self.path} cannot be used: {error.strerror}; choose another") from None
         finally:
             self._made = [folder for folder in missing if folder.is_dir()]
-        self._identity = self.path.stat()
+        self._identity, self._place = self.path.stat(), self.path.absolute()
         runs.remove_leftovers(self.path)
 
     def _remove_unused(self) -> None:
@@ -132,12 +144,42 @@ class RunFolder:
         return f" at step {self.step}; the next start goes on from {self.newest}"
 
     def check(self) -> None:
-        """Raise UserError when the folder was taken away: what is written then would be lost, or go elsewhere."""
-        if self._lock is not None and not self._is_here():
-            raise UserError(
+        """Raise FolderGone when the folder was taken away; write what a full disk has not taken so far.
+
+        Only the first rank looks. ``elsewhere`` then gives a place for what must not be lost.
+        """
+        if self._lock is None:
+            return
+        if not self._is_here():
+            raise FolderGone(
                 f"{self.path} was deleted, renamed or replaced at step {self.step} of its run; if it was renamed, "
                 f"rename it back, and start again: the run goes on from its newest checkpoint"
             )
+        if self._unwritten and time.monotonic() > self._next_try:
+            self._write_records()
+
+    def elsewhere(self) -> Path:
+        """Move this start, of the first rank, to a new folder beside the one that was taken away; returns that folder.
+
+        That is RUN-rescued (or -rescued-2, ...), with the records and rows of this start; from now on ``path``,
+        ``checkpoints`` and ``final`` are there. A later start goes on from it by ``--train.run_dir RUN-rescued``.
+        """
+        for number in count(1):
+            folder = self._place.with_name(f"{self._place.name}-rescued{f'-{number}' if number > 1 else ''}")
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:
+                continue
+        lock, self._lock = self._lock, lock_folder(folder)
+        if lock is not None:
+            lock.close()
+        self.path, self._place, self._identity = folder, folder, folder.stat()
+        self._unwritten = dict(self._records)
+        if self.rows is not None:
+            self._unwritten["metrics.jsonl"] = self.rows.content()
+        self._write_records()
+        return folder
 
     def _is_here(self) -> bool:
         try:
@@ -148,7 +190,7 @@ class RunFolder:
     def record(self, config: str, environment: dict[str, Any], start_step: int) -> None:
         """Write down how this start was asked for; print what a resumed run's last start had otherwise.
 
-        Passwords and keys in URLs are left out.
+        Passwords and keys in URLs are left out. A disk that does not take it is warned of, once.
         """
         if self._lock is None:
             return
@@ -156,12 +198,104 @@ class RunFolder:
         if start_step:
             for line in changes(self.path / "config.yaml", config):
                 print(line)
-        (self.path / "config.yaml").write_text(config)
-        (self.path / "environment.json").write_text(json.dumps(environment, indent=1))
         when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         row = {"time": when, "step": start_step, **environment, "config": yaml.safe_load(config)}
-        with (self.path / "starts.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        starts = self.path / "starts.jsonl"
+        before = starts.read_bytes() if starts.is_file() else b""
+        before += b"\n" if before and not before.endswith(b"\n") else b""  # a kill has cut the last one off
+        self._records = {
+            "config.yaml": config.encode(),
+            "environment.json": json.dumps(environment, indent=1).encode(),
+            "starts.jsonl": before + json.dumps(row).encode() + b"\n",
+        }
+        self._unwritten = dict(self._records)
+        self._write_records()
+
+    def _write_records(self) -> None:
+        for name, content in list(self._unwritten.items()):
+            try:
+                with whole_file(self.path / name) as file:
+                    file.write(content)
+            except OSError as error:
+                if not self._next_try:
+                    print(f"{self.path / name} cannot be written ({error.strerror}): it is tried again on the way")
+                self._next_try = time.monotonic() + RETRY_S
+                return
+            del self._unwritten[name]
+
+
+class RowFile:
+    """The rows of metrics.jsonl. What a full disk does not take is kept, and written before the next row when it does.
+
+    Args:
+        path: the file, which is replaced.
+        rows: what it begins with.
+        say: hears when writing begins to fail, and when it works again.
+    """
+
+    def __init__(self, path: Path, rows: Iterable[dict[str, Any]] = (), say: Callable[[str], None] = print):
+        self._path, self._say = path, say
+        self._file: BinaryIO | None = None
+        self._is_failing = False
+        self._waiting = [json.dumps(row) + "\n" for row in rows]
+        self._flush()
+
+    def replace(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Begin anew, with these rows."""
+        if self._file is not None:
+            self._file.close()
+        self._file, self._waiting = None, [json.dumps(row) + "\n" for row in rows]
+        self._flush()
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._waiting.append(json.dumps(row) + "\n")
+        self._flush()
+
+    def content(self) -> bytes:
+        """All rows, also when the file has lost its name or its folder."""
+        written = b""
+        if self._file is not None:
+            self._file.seek(0)
+            written = self._file.read()
+        return written + "".join(self._waiting).encode()
+
+    def close(self) -> None:
+        if self._waiting:
+            self._flush()
+        if self._waiting:
+            self._say(f"the last {len(self._waiting)} rows of {self._path} could not be written and are lost")
+        if self._file is not None:
+            self._file.close()
+
+    def _flush(self) -> None:
+        content = "".join(self._waiting).encode()
+        try:
+            if self._file is None:
+                with whole_file(self._path) as file:
+                    file.write(content)
+                self._file = self._path.open("rb+", buffering=0)  # a raw file: no row waits in it
+            else:
+                self._append(content)
+        except OSError as error:
+            if not self._is_failing:
+                self._say(f"{self._path} cannot be written ({error.strerror}): its rows are kept until it can")
+            self._is_failing = True
+            return
+        if self._is_failing:
+            self._say(f"{self._path} is written again, and lacks no row")
+        self._is_failing = False
+        self._waiting.clear()
+
+    def _append(self, content: bytes) -> None:
+        assert self._file is not None
+        end, left = self._file.seek(0, os.SEEK_END), memoryview(content)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(end)  # half a row
+            raise
 
 
 def agree(state: PartialState, find: Callable[[], T]) -> T:
@@ -176,11 +310,6 @@ def agree(state: PartialState, find: Callable[[], T]) -> T:
     if isinstance(answer[0], UserError):
         raise answer[0]
     return answer[0]
-
-
-def mask(text: str) -> str:
-    """``text`` without the passwords and keys of its URLs."""
-    return _KEY.sub(r"\1***", _USER.sub(r"\1***@", text))
 
 
 def flat(text: str) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from accelerate import Accelerator, PartialState
 
 from .. import runs
 from ..config import RunConfig
+from ..data.folder import ShardError
 from ..data.remote import open_folder
 from ..data.shards import ShardSet, open_split
+from ..data.storage import Storage
 from ..data.stream import StepLoader, TokenStream
 from ..files import whole_file
 from ..knobs import ConfigError
-from . import checkpoint
+from . import checkpoint, mirror
 from .run_folder import agree
 
 REWIND = "rewind.json"
@@ -143,6 +145,7 @@ def find_start(config: RunConfig, data: ShardSet, state: PartialState) -> Start:
 
 def _look(config: RunConfig, data: ShardSet) -> Start:
     run, resume = Path(config.train.run_dir), config.resume
+    _check_mirror(config)
     taken, taken_step = _read_taken(run)
     if resume.mode == "never" and not _is_restarted():
         for record in (TAKEN, REWIND):
@@ -153,6 +156,9 @@ def _look(config: RunConfig, data: ShardSet) -> Start:
     if rewind := Rewind.read(run):
         discard_untrusted(run / "checkpoints", rewind)
     newest, bad = _newest(run)
+    if config.checkpoint.mirror and newest is None:
+        newest = _fetch(config, data)
+        taken, taken_step = _read_taken(run)
     if resume.from_ is None:
         if newest is None and bad:
             shown = "; ".join(bad[:MOST_NAMED]) + (f"; and {n} more" if (n := len(bad) - MOST_NAMED) > 0 else "")
@@ -184,6 +190,19 @@ def _look(config: RunConfig, data: ShardSet) -> Start:
     return start
 
 
+def _check_mirror(config: RunConfig) -> None:
+    """Refuse a mirror that cannot be, before training; whether it answers is seen later."""
+    if (url := config.checkpoint.mirror) is None:
+        return
+    try:
+        Storage.open(url, mirror.AT_START)
+    except (ShardError, ImportError) as error:
+        raise ConfigError(f"checkpoint.mirror: {error}") from None
+    path = Path(url.removeprefix("file://"))
+    if path.is_dir() and path.samefile(config.train.run_dir):
+        raise ConfigError(f"checkpoint.mirror {url} is the run's own folder: choose one on another disk")
+
+
 def _newest(run: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that a run can go on from, and a line for each that was passed over, printed already."""
     folder = run / "checkpoints"
@@ -195,6 +214,25 @@ def _newest(run: Path) -> tuple[Path | None, list[str]]:
     for line in passed_over:
         print(line)
     return newest, passed_over
+
+
+def _fetch(config: RunConfig, data: ShardSet) -> Path | None:
+    """The checkpoint that a run without a whole one goes on from, brought from its mirror; None: there is none."""
+    run, resume, url = Path(config.train.run_dir), config.resume, config.checkpoint.mirror
+    assert url is not None
+    only = None
+    try:
+        if resume.from_ is not None and _taken(mirror.read_record(url, TAKEN))[0] != str(_chosen(run, resume.from_)):
+            if not resume.from_.isdecimal():
+                return None
+            only = int(resume.from_)
+        found = mirror.fetch_newest(run, url, lambda saved, where: _refuse_other(config, data, saved, where), only)
+    except (ShardError, ImportError) as error:
+        raise ConfigError(
+            f"checkpoint.mirror: {error}; {run} has no whole checkpoint, and may go on from one there: to begin at "
+            f"step 0 all the same, --resume.mode never"
+        ) from None
+    return found if found is not None and found.name != "final" else None
 
 
 def _chosen(run: Path, name: str) -> Path:
@@ -219,25 +257,15 @@ def _unusable(folder: Path) -> str | None:
 
 
 def _check(config: RunConfig, data: ShardSet, found: Path, rewind: Rewind | None = None) -> Start:
-    """A start from a checkpoint, to which ``rewind`` may have gone back. Raises ConfigError when it belongs to another run, naming all that differs."""
-    saved = {"data.document_mask": False} | checkpoint.read_state(found)  # older checkpoints don't name it
-    now = identity(config, data)
-    if unknown := set(config.resume.force) - now.keys():
-        raise ConfigError(f"resume.force: {', '.join(sorted(unknown))} is not among {', '.join(now)}")
-    different = [name for name in now if saved.get(name, now[name]) != now[name]]
-    refused = [name for name in different if name not in config.resume.force or name in UNFORCEABLE]
-    if refused:
-        listed = ", another ".join(f"{name} ({saved[name]}, now {now[name]})" for name in refused)
-        forced = ",".join(name for name in refused if name not in UNFORCEABLE)
-        way_on = f", or go on all the same with --resume.force {forced}" if forced else ""
-        way_on += f"; {', '.join(fixed)} cannot be forced" if (fixed := sorted(UNFORCEABLE & {*refused})) else ""
-        run_dir = config.train.run_dir
-        whose = f"{run_dir} holds a run" if _is_own(config, found) else f"{found} is of a run"
-        choose = "choose another --train.run_dir, delete that folder, or " if _is_own(config, found) else ""
-        them = "it" if len(refused) == 1 else "them"
-        raise ConfigError(f"{whose} with another {listed}; {choose}set {them} back{way_on}")
-    for name in different:
-        print(f"resume.force: {name} was {saved[name]} in {found}, and is {now[name]} from now on")
+    """A start from a checkpoint, to which ``rewind`` may have gone back.
+
+    Raises:
+        ConfigError: when it cannot be gone on from.
+    """
+    saved = checkpoint.read_state(found)
+    run_dir = config.train.run_dir
+    place = run_dir if _is_own(config, found) else str(found)
+    _refuse_other(config, data, saved, place)
     if saved["step"] > config.train.steps:
         raise ConfigError(
             f"train.steps is {config.train.steps}, and {found} is {saved['step']} steps along already: raise "
@@ -248,12 +276,40 @@ def _check(config: RunConfig, data: ShardSet, found: Path, rewind: Rewind | None
     return Start(found, saved["step"], saved.get("data_offset", 0))
 
 
+def _refuse_other(config: RunConfig, data: ShardSet, saved: dict[str, Any], place: str) -> None:
+    """Raise ConfigError when a checkpoint's state is that of another run, naming all that differs and is not forced."""
+    saved = {"data.document_mask": False} | saved  # older checkpoints don't name it
+    now = identity(config, data)
+    if unknown := set(config.resume.force) - now.keys():
+        raise ConfigError(f"resume.force: {', '.join(sorted(unknown))} is not among {', '.join(now)}")
+    different = [name for name in now if saved.get(name, now[name]) != now[name]]
+    refused = [name for name in different if name not in config.resume.force or name in UNFORCEABLE]
+    if refused:
+        listed = ", another ".join(f"{name} ({saved[name]}, now {now[name]})" for name in refused)
+        forced = ",".join(name for name in refused if name not in UNFORCEABLE)
+        way_on = f", or go on all the same with --resume.force {forced}" if forced else ""
+        way_on += f"; {', '.join(fixed)} cannot be forced" if (fixed := sorted(UNFORCEABLE & {*refused})) else ""
+        is_own = place == config.train.run_dir
+        choose = "choose another --train.run_dir, delete that folder, or " if is_own else ""
+        them = "it" if len(refused) == 1 else "them"
+        raise ConfigError(f"{place} holds a run with another {listed}; {choose}set {them} back{way_on}")
+    for name in different:
+        print(f"resume.force: {name} was {saved[name]} in {place}, and is {now[name]} from now on")
+
+
 def _read_taken(run: Path) -> tuple[str | None, int]:
     """The checkpoint that ``resume.from`` named and the run has begun from, and its step; None when there is none."""
     try:
-        taken = json.loads((run / TAKEN).read_text())
+        return _taken((run / TAKEN).read_bytes())
+    except OSError:
+        return None, 0
+
+
+def _taken(record: bytes | None) -> tuple[str | None, int]:
+    try:
+        taken = json.loads(record or b"")
         return str(taken["from"]), int(taken["step"])
-    except (OSError, ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         return None, 0
 
 

@@ -310,3 +310,13 @@ def test_all_that_differs_is_named_and_may_be_forced(begun, tmp_path, capsys):
     wider = dataclasses.replace(changed, model=dataclasses.replace(begun.model, n_embd=64, dropout=0.1))
     said = refusal(asked(wider, force=("model.n_embd",)))
     assert "another model.n_embd (32, now 64)" in said and "model.n_embd cannot be forced" in said
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_the_checkpoint_with_the_lowest_validation_loss_stays(begun, tmp_path, keep_best):
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    rows[1]["val_loss"] = 0.5  # after step 2: better than it will ever be
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keep = dataclasses.replace(begun.checkpoint, keep_last=1, keep_best=keep_best)
+    run(dataclasses.replace(with_steps(begun, 8), checkpoint=keep))
+    assert checkpoints(tmp_path / "run") == (["step-00000002"] if keep_best else []) + ["step-00000008"]

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -22,15 +23,14 @@ from test_train import clean_state as clean_state
 from test_train import data as data
 
 from gpt2_hf import runs
-from gpt2_hf.files import lock_folder
+from gpt2_hf.files import lock_folder, mask
 from gpt2_hf.knobs import ConfigError
-from gpt2_hf.program import UserError
 from gpt2_hf.runs import read_rows
-from gpt2_hf.training import build, checkpoint
+from gpt2_hf.training import build, checkpoint, run_folder
 from gpt2_hf.training import loop as training
 from gpt2_hf.training.loop import train, train_step
 from gpt2_hf.training.metrics import RunLog
-from gpt2_hf.training.run_folder import RECORDS, RunFolder, mask
+from gpt2_hf.training.run_folder import RECORDS, FolderGone, RowFile, RunFolder
 
 
 def before_step(monkeypatch, at: int, act) -> None:
@@ -73,13 +73,89 @@ def test_a_file_system_without_locks_is_no_obstacle(data, tmp_path, monkeypatch,
     assert "cannot be locked (No locks available): take care" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("act", [shutil.rmtree, lambda path: path.rename(path.with_name("elsewhere"))])
+def at_steps(monkeypatch, acts: dict[int, object]) -> None:
+    """Call ``acts[step]()`` before each of these steps of the next run."""
+
+    def step(accelerator, model, optimizers, batch, number, *rest):
+        acts.get(number + 1, lambda: None)()
+        return train_step(accelerator, model, optimizers, batch, number, *rest)
+
+    monkeypatch.setattr(training, "train_step", step)
+
+
+def replace(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.mkdir()
+
+
+@pytest.mark.parametrize("act", [shutil.rmtree, lambda path: path.rename(path.with_name("elsewhere")), replace])
 @pytest.mark.parametrize("at", [3, 6])
 def test_a_folder_taken_away_ends_the_run(data, tmp_path, monkeypatch, act, at):
     before_step(monkeypatch, at, lambda: act(tmp_path / "run"))
-    with pytest.raises(UserError, match="was deleted, renamed or replaced at step"):
+    with pytest.raises(FolderGone, match="was deleted, renamed or replaced at step"):
         train(tiny(data, tmp_path / "run", train__steps=6, checkpoint__save_every=2, train__log_every=2))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_what_is_left_when_the_folder_is_gone_has_a_place_beside_it(tmp_path):
+    with RunFolder(tmp_path / "run", PartialState(cpu=True)) as folder:
+        folder.record("train:\n  steps: 3\n", {"device": "cpu"}, 0)
+        folder.rows = RowFile(tmp_path / "run" / "metrics.jsonl", [{"step": 1}])
+        folder.rows.write({"step": 2})
+        shutil.rmtree(tmp_path / "run")
+        (tmp_path / "run-rescued").mkdir()
+        with pytest.raises(FolderGone):
+            folder.check()
+        rescued = folder.elsewhere()
+        assert rescued == tmp_path / "run-rescued-2" and folder.checkpoints == rescued / "checkpoints"
+        folder.check()
+        with pytest.raises(BlockingIOError):
+            lock_folder(rescued)
+        assert read_rows(rescued / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+        assert (rescued / "config.yaml").read_text() == "train:\n  steps: 3\n"
+        assert [row["device"] for row in read_rows(rescued / "starts.jsonl")] == ["cpu"]
+        folder.rows.close()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_costs_no_row_and_no_record(data, tmp_path, monkeypatch, capsys):
+    """Files that may not grow fail as on a full disk, first for all that a start writes down, then for its rows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    config = tiny(data, tmp_path / "run", train__steps=9, checkpoint__save_every=0, train__log_every=1)
+
+    def no_space() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
+
+    def space() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(run_folder, "RETRY_S", 0.0)
+    monkeypatch.setattr(training, "build", lambda *arguments: no_space() or build.build(*arguments))
+    at_steps(monkeypatch, {3: space, 5: no_space, 8: space})
+    try:
+        train(config)
+    finally:
+        space()
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 10))
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]["steps"] == 9
+    assert len(read_rows(tmp_path / "run" / "starts.jsonl")) == 1
+    said = capsys.readouterr().out
+    assert said.count("config.yaml cannot be written (File too large): it is tried again") == 1
+    assert said.count("metrics.jsonl cannot be written (File too large): its rows are kept") == 2
+    assert said.count("metrics.jsonl is written again, and lacks no row") == 2
+
+
+def test_rows_that_could_never_be_written_are_said_to_be_lost(tmp_path):
+    said = []
+    rows = RowFile(tmp_path / "run" / "metrics.jsonl", [{"step": 1}], said.append)
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").write_text("")  # in the way of any folder
+    rows.write({"step": 2})
+    assert not said and rows.content() == b'{"step": 1}\n{"step": 2}\n'  # the open file outlives its name
+    other = RowFile(tmp_path / "run" / "metrics.jsonl", [], said.append)
+    other.write({"step": 1})
+    other.close()
+    assert len(said) == 2 and "cannot be written (File exists)" in said[0] and "last 1 rows" in said[1]
 
 
 def test_ctrl_c_says_what_there_is_to_go_on_from(data, tmp_path, monkeypatch):
