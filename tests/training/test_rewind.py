@@ -10,16 +10,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from test_train import ROOT, TORCHRUN, finish, launch, losses, run, tiny, with_steps
 from test_train import clean_state as clean_state
 from test_train import data as data
+from test_train import losses, run, tiny, with_steps
 from test_watch import folders, large_weights
 
 from gpt2_hf.config import RunConfig
 from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.stream import StepLoader, TokenStream
 from gpt2_hf.knobs import ConfigError
-from gpt2_hf.runs import read_rows
 from gpt2_hf.training import loop as training
 from gpt2_hf.training import rewind
 from gpt2_hf.training.loop import train, train_step
@@ -123,7 +122,6 @@ def test_an_exploded_run_goes_back_and_past_the_data(data, tmp_path, monkeypatch
 @pytest.mark.parametrize("moment", ["discard_untrusted", "go_back"])
 def test_a_kill_in_a_rewind_comes_to_the_same_point(data, tmp_path, monkeypatch, moment):
     """With checkpoints of the time when the loss was rising already, which must not be gone on from either."""
-    settings = {"checkpoint__save_every": 2, "checkpoint__keep_last": 9, "train__steps": 28}
 
     def begin(name: str) -> RunConfig:
         config = flat(data, tmp_path / name)
