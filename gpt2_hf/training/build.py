@@ -31,6 +31,7 @@ from ..model import GPTForCausalLM
 from ..model.loss import LossKernels
 from ..model.versions import check_first_step
 from . import checkpoint
+from .kernels import KernelCheck
 from .measures import Measures, build_document_mask
 from .metrics import RunLog, Throughput, flops_per_token
 from .optim import build_optimizers
@@ -67,10 +68,6 @@ class Parts:
     watch: Watch
     identity: dict[str, Any]
 
-    @property
-    def is_compiled(self) -> bool:
-        return self.bare_model.transformer.h[0]._compiled_call_impl is not None
-
 
 def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state: PartialState) -> Parts:
     """Make the parts in the order in which they need each other, with the state of ``start`` in them."""
@@ -84,11 +81,16 @@ def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state:
     watch = Watch(config, accelerator, bare_model)
     if start.checkpoint:
         load_trainer_state(start.checkpoint, accelerator, bare_model, optimizers, watch)
+    if start.step < config.train.steps:
+        if bare_model.transformer.h[0]._compiled_call_impl is not None:
+            accelerator.print("compiling the first step, which may take half a minute")
+        if config.train.check_kernels:
+            KernelCheck(config, start, data.train, accelerator, bare_model, DTYPES[precision]).run()
+        check_first_step(bare_model, has_checked_loss=config.train.check_kernels)
     measures = Measures(config, accelerator, bare_model, tokenizer, data.val, DTYPES[precision])
     documents = build_document_mask(config, data.train, bare_model, DTYPES[precision])
     throughput = build_throughput(config, accelerator, bare_model, precision)
     log = open_log(config, accelerator, folder, start, data.train, precision)
-    check_first_step(bare_model)
     folder.step, folder.newest = start.step, start.checkpoint
     return Parts(
         config=config,

@@ -88,8 +88,6 @@ def loop(config: RunConfig, parts: Parts) -> None:
     with load_steps(config, parts.data.train, parts.start, parts.accelerator) as batches:
         if first == 0:
             log.write(0, parts.measures.take(0))
-        if first < last and parts.is_compiled:
-            log.say("compiling in the first step, which may take half a minute")
         for step, batch in enumerate(batches, first + 1):
             lr_share = lr_at(step - 1, last, config.optim)
             set_lr(parts.optimizers, lr_share)
