@@ -37,6 +37,7 @@ from .metrics import RunLog, Throughput, flops_per_token
 from .optim import build_optimizers
 from .run_folder import RunFolder, flat, mask
 from .start import Data, Start, identity
+from .trackers import Trackers
 from .watch import Watch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -233,9 +234,10 @@ def open_log(
     run_dir = folder.path
     folder.record(config.to_yaml(), environment(accelerator, data, precision), start.step)
     accelerator.wait_for_everyone()
-    if config.train.trackers:
-        settings = flat(mask(config.to_yaml()))
-        accelerator.init_trackers("gpt2_hf", config={key: str(value) for key, value in settings.items()})
+    trackers = None
+    if config.train.trackers and accelerator.is_main_process:
+        settings = {name: str(value) for name, value in flat(mask(config.to_yaml())).items()}
+        trackers = Trackers(accelerator, run_dir, settings, is_new=start.checkpoint is None)
     steps, batch = config.train.steps, config.train.global_batch_tokens
     if start.checkpoint:
         accelerator.print(f"resuming from {start.checkpoint}")
@@ -244,8 +246,7 @@ def open_log(
         f"{config.train.micro_batch_size} x {config.data.seq_len} x {accelerator.num_processes} processes x "
         f"{config.grad_accum_steps(accelerator.num_processes)} accumulated; {steps * batch / data.n_tokens:.2f} epochs"
     )
-    track = accelerator.log if config.train.trackers else None
-    log = RunLog(run_dir, start.step, steps, batch, accelerator.is_main_process, track)
+    log = RunLog(run_dir, start.step, steps, batch, accelerator.is_main_process, trackers)
     if start.rewind:
         log.go_back(start.step, start.rewind.row())
     return log

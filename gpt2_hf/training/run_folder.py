@@ -28,7 +28,15 @@ from ..program import UserError
 
 T = TypeVar("T")
 
-RECORDS = ("config.yaml", "environment.json", "starts.jsonl", "metrics.jsonl", ".metrics.jsonl.writing", ".lock")
+RECORDS = (
+    "config.yaml",
+    "environment.json",
+    "starts.jsonl",
+    "metrics.jsonl",
+    ".metrics.jsonl.writing",
+    "tracker.json",
+    ".lock",
+)
 
 # The part of a URL before its host, and the parts of its query that open doors.
 _USER = re.compile(r"(://)[^/\s\"'?#]*@")
