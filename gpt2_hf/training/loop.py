@@ -133,7 +133,8 @@ def train_step(
     """One update from this rank's share of the global batch; returns its mean loss and the gradient's global norm.
 
     The loss of each micro-batch is divided by the tokens of the rank's whole share, so gradients add up to that of
-    the mean whatever the number of micro-batches. Ranks exchange gradients once, in the last micro-step.
+    the mean whatever the number of micro-batches. Ranks exchange gradients once, in the last micro-step. Where one of
+    these is not finite, the update is skipped, on all ranks alike, and the norm is not finite either.
     """
     n_micro_steps, micro_batch_size, _ = batch.shape
     first_sample = (step * accelerator.num_processes + accelerator.process_index) * n_micro_steps * micro_batch_size

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,15 +12,16 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from test_train import ROOT, TORCHRUN, losses, run, tiny, with_steps
 from test_train import clean_state as clean_state
 from test_train import data as data
-from test_train import losses, run, tiny, with_steps
 from test_watch import folders, large_weights
 
 from gpt2_hf.config import RunConfig
 from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.stream import StepLoader, TokenStream
 from gpt2_hf.knobs import ConfigError
+from gpt2_hf.runs import read_rows
 from gpt2_hf.training import loop as training
 from gpt2_hf.training import rewind
 from gpt2_hf.training.loop import train, train_step
@@ -117,6 +120,64 @@ def test_an_exploded_run_goes_back_and_past_the_data(data, tmp_path, monkeypatch
     assert [tokens for _, tokens in harm.seen] == [samples[16 * k].tolist() for k in range(43)]
     newest = json.loads((tmp_path / "run" / "checkpoints" / "step-00000030" / "trainer_state/state.json").read_text())
     assert newest["data_offset"] == 208 and len(newest["past"]["losses"]) == 30
+
+
+def test_what_one_rank_meets_all_ranks_decide_on(data, tmp_path):
+    """Rank 1 alone has a broken kernel, then a loss that is no number in step 3, a weight that is none in step 8."""
+    program = """
+import os, torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+from gpt2_hf.cli import parse_cli
+from gpt2_hf.config import RunConfig
+from gpt2_hf.model import modeling_gpt
+from gpt2_hf.program import program
+from gpt2_hf.runs import read_rows
+from gpt2_hf.training import loop as training
+
+is_harmed = os.environ["RANK"] == "1"
+step, harmed = training.train_step, []
+
+def attend(module, query, key, value, mask, scaling, **kwargs):
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=(1 + is_harmed) * scaling, **kwargs)
+
+def harmful(accelerator, model, optimizers, batch, number, *rest):
+    bare = model.module.transformer
+    hook = bare.ln_f.register_forward_hook(lambda *args: args[2] * (torch.nan if is_harmed and number == 2 else 1))
+    result = step(accelerator, model, optimizers, batch, number, *rest)
+    hook.remove()
+    if is_harmed and number == 7 and not harmed:
+        harmed.append(True)
+        bare.wpe.weight.data[-1] = torch.nan
+    return result
+
+AttentionInterface.register("broken", attend)
+AttentionMaskInterface.register("broken", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+modeling_gpt.CAUSAL_WITHOUT_MASK += ("broken",)
+training.train_step = harmful
+program(lambda: training.train(parse_cli(RunConfig)))()
+"""
+    (tmp_path / "script.py").write_text(program)
+    config = flat(
+        data,
+        tmp_path / "run",
+        model__attn_implementation="broken",
+        train__steps=10,
+        train__micro_batch_size=4,
+        checkpoint__save_every=4,
+    )
+    (tmp_path / "recipe.yaml").write_text(config.to_yaml())
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*TORCHRUN, "--nproc_per_node", "2", "script.py", "--config", "recipe.yaml"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert "taking attention sdpa" in result.stdout
+    assert "the weights or the optimizer's state are not finite after step 8: going back" in result.stdout
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [4, 4, 5, 8, 10]
+    assert [row.get("skipped_steps") for row in rows] == [1, None, None, None, None]
+    assert (rows[1]["rewound_from"], rows[1]["data_offset"]) == (8, 64) and len(losses(rows)) == 4
 
 
 @pytest.mark.parametrize("moment", ["discard_untrusted", "go_back"])
