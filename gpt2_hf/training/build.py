@@ -33,11 +33,13 @@ from ..model.loss import LossKernels
 from ..model.versions import check_first_step
 from . import checkpoint
 from .distributed import Host, distribute, hide_shards_from_accelerate, sharding_mesh
+from .kernels import KernelCheck
 from .measures import Measures, build_document_mask
 from .metrics import RunLog, Throughput, flops_per_token
 from .optim import build_optimizers
 from .run_folder import RunFolder, flat
 from .start import Data, Start, identity
+from .trackers import Trackers
 from .watch import Watch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -72,10 +74,6 @@ class Parts:
     saver: checkpoint.Saver
     identity: dict[str, Any]
 
-    @property
-    def is_compiled(self) -> bool:
-        return self.bare_model.transformer.h[0]._compiled_call_impl is not None
-
 
 def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state: PartialState) -> Parts:
     """Make the parts in the order in which they need each other, with the state of ``start`` in them."""
@@ -93,11 +91,16 @@ def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state:
     watch = Watch(config, accelerator, bare_model)
     if start.checkpoint:
         load_trainer_state(start.checkpoint, host, accelerator, bare_model, optimizers, watch)
+    if start.step < config.train.steps:
+        if bare_model.transformer.h[0]._compiled_call_impl is not None:
+            accelerator.print("compiling the first step, which may take half a minute")
+        if config.train.check_kernels:
+            KernelCheck(config, start, data.train, accelerator, bare_model, DTYPES[precision]).run()
+        check_first_step(bare_model, has_checked_loss=config.train.check_kernels)
     measures = Measures(config, accelerator, bare_model, tokenizer, data.val, DTYPES[precision])
     documents = build_document_mask(config, data.train, bare_model, DTYPES[precision])
     throughput = build_throughput(config, accelerator, bare_model, precision)
     log = open_log(config, accelerator, folder, start, data.train, precision)
-    check_first_step(bare_model)
     saver = checkpoint.Saver(host, bare_model, optimizers, tokenizer, warn=log.say)
     folder.step, folder.newest = start.step, start.checkpoint
     return Parts(
@@ -249,9 +252,10 @@ def open_log(
     run_dir = folder.path
     folder.record(config.to_yaml(), environment(accelerator, data, precision), start.step)
     accelerator.wait_for_everyone()
-    if config.train.trackers:
-        settings = flat(mask(config.to_yaml()))
-        accelerator.init_trackers("gpt2_hf", config={key: str(value) for key, value in settings.items()})
+    trackers = None
+    if config.train.trackers and accelerator.is_main_process:
+        settings = {name: str(value) for name, value in flat(mask(config.to_yaml())).items()}
+        trackers = Trackers(accelerator, run_dir, settings, is_new=start.checkpoint is None)
     steps, batch = config.train.steps, config.train.global_batch_tokens
     if start.checkpoint:
         accelerator.print(f"resuming from {start.checkpoint}")
@@ -260,8 +264,7 @@ def open_log(
         f"{config.train.micro_batch_size} x {config.data.seq_len} x {accelerator.num_processes} processes x "
         f"{config.grad_accum_steps(accelerator.num_processes)} accumulated; {steps * batch / data.n_tokens:.2f} epochs"
     )
-    track = accelerator.log if config.train.trackers else None
-    log = RunLog(run_dir, start.step, steps, batch, accelerator.is_main_process, track)
+    log = RunLog(run_dir, start.step, steps, batch, accelerator.is_main_process, trackers)
     if start.rewind:
         log.go_back(start.step, start.rewind.row())
     if accelerator.is_main_process:

@@ -97,8 +97,6 @@ def loop(config: RunConfig, parts: Parts) -> None:
     with load_steps(config, parts.data.train, parts.start, parts.accelerator) as batches:
         if first == 0:
             log.write(0, parts.measures.take(0))
-        if first < last and parts.is_compiled:
-            log.say("compiling in the first step, which may take half a minute")
         for step, batch in enumerate(batches, first + 1):
             lr_share = lr_at(step - 1, last, config.optim)
             set_lr(parts.optimizers, lr_share)
@@ -144,7 +142,8 @@ def train_step(
     """One update from this rank's share of the global batch; returns its mean loss and the gradient's global norm.
 
     The loss of each micro-batch is divided by the tokens of the rank's whole share, so gradients add up to that of
-    the mean whatever the number of micro-batches. Ranks exchange gradients once, in the last micro-step.
+    the mean whatever the number of micro-batches. Ranks exchange gradients once, in the last micro-step. Where one of
+    these is not finite, the update is skipped, on all ranks alike, and the norm is not finite either.
     """
     n_micro_steps, micro_batch_size, _ = batch.shape
     first_sample = (step * accelerator.num_processes + accelerator.process_index) * n_micro_steps * micro_batch_size

@@ -16,6 +16,7 @@ from ..model.configuration_gpt import GPTConfig
 from ..program import print_any_character
 from ..runs import read_rows
 from .run_folder import RowFile
+from .trackers import Trackers
 
 
 def flops_per_token(n_parameters: int, config: GPTConfig, seq_len: int) -> int:
@@ -88,11 +89,11 @@ class RunLog:
         total_steps: int,
         tokens_per_step: int,
         enabled: bool,
-        track: Callable[..., None] | None = None,
+        trackers: Trackers | None = None,
     ):
         self.tokens_per_step = tokens_per_step
         self.enabled = enabled
-        self.track = track
+        self.trackers = trackers
         print_any_character()
         # A log file gets a line every 15 seconds, a terminal a live bar.
         self.bar = tqdm(
@@ -128,8 +129,8 @@ class RunLog:
             return
         row = {"step": step, "tokens_seen": step * self.tokens_per_step, **row}
         self.rows.write(row)
-        if self.track:
-            self.track({key: value for key, value in row.items() if not isinstance(value, list)}, step=step)
+        if self.trackers:
+            self.trackers.write({key: value for key, value in row.items() if not isinstance(value, list)}, step)
         if "train_loss" in row:
             shown = {"loss": f"{row['train_loss']:.4f}", "lr": f"{row['lr']:.2e}"}
             if "mfu" in row:
@@ -156,6 +157,8 @@ class RunLog:
         self.bar.close()
         if self.enabled:
             self.rows.close()
+        if self.trackers:
+            self.trackers.close()
 
 
 def _is_up_to(step: int, row: Any) -> bool:

@@ -39,6 +39,8 @@ RECORDS = (
     "starts.jsonl",
     "metrics.jsonl",
     "resumed_from.json",
+    "rewind.json",
+    "tracker.json",
     "mirror.log",
     ".lock",
 )

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..config import RunConfig
@@ -23,6 +22,7 @@ from ..data.documents import DocumentMask
 from ..knobs import ConfigError
 from ..model import GPTForCausalLM
 from ..program import PATIENCE, UserError
+from .distributed import local
 from .run_folder import RunFolder
 
 # A model has diverged when it gives the right token this many nats less than who knows nothing and guesses.
@@ -209,7 +209,7 @@ class Watch:
         """Whether weights and optimizer states are, all ranks' shares of them. Every rank must call it."""
         states = (value for optimizer in optimizers for state in optimizer.state.values() for value in state.values())
         tensors = [*self.model.parameters(), *(t for t in states if isinstance(t, Tensor) and t.ndim)]
-        shares = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+        shares = [local(t) for t in tensors]
         n_bad = torch.stack([t.detach().isfinite().all().logical_not() for t in shares]).sum().float()
         return not float(self.accelerator.reduce(n_bad, "sum"))
 
