@@ -37,6 +37,7 @@ from .metrics import RunLog, Throughput, flops_per_token
 from .optim import build_optimizers
 from .run_folder import RunFolder, flat, mask
 from .start import Data, Start, identity
+from .stop import Stop
 from .watch import Watch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -69,6 +70,7 @@ class Parts:
     log: RunLog
     watch: Watch
     saver: checkpoint.Saver
+    stop: Stop
     identity: dict[str, Any]
 
     @property
@@ -76,7 +78,7 @@ class Parts:
         return self.bare_model.transformer.h[0]._compiled_call_impl is not None
 
 
-def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state: PartialState) -> Parts:
+def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state: PartialState, stop: Stop) -> Parts:
     """Make the parts in the order in which they need each other, with the state of ``start`` in them."""
     transformers.utils.logging.disable_progress_bar()  # bars for saving and loading would break ours
     precision = set_precision(config, state.device)
@@ -92,7 +94,7 @@ def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state:
     watch = Watch(config, accelerator, bare_model)
     if start.checkpoint:
         load_trainer_state(start.checkpoint, host, accelerator, bare_model, optimizers, watch)
-    measures = Measures(config, accelerator, bare_model, tokenizer, data.val, DTYPES[precision])
+    measures = Measures(config, accelerator, bare_model, tokenizer, data.val, DTYPES[precision], stop.safe_point)
     documents = build_document_mask(config, data.train, bare_model, DTYPES[precision])
     throughput = build_throughput(config, accelerator, bare_model, precision)
     log = open_log(config, accelerator, folder, start, data.train, precision)
@@ -116,6 +118,7 @@ def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state:
         log=log,
         watch=watch,
         saver=saver,
+        stop=stop,
         identity=identity(config, data.train),
     )
 
@@ -260,7 +263,7 @@ def open_log(
         f"{config.grad_accum_steps(accelerator.num_processes)} accumulated; {steps * batch / data.n_tokens:.2f} epochs"
     )
     track = accelerator.log if config.train.trackers else None
-    log = RunLog(run_dir, start.step, steps, batch, accelerator.is_main_process, track)
+    log = RunLog(run_dir, start.step, steps, batch, accelerator.is_main_process, track, start.owed is not None)
     if start.rewind:
         log.go_back(start.step, start.rewind.row())
     return log

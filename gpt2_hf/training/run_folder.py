@@ -126,6 +126,10 @@ class RunFolder:
             return f" at step {self.step}; nothing was saved yet, so the next start begins at step 0"
         return f" at step {self.step}; the next start goes on from {self.newest}"
 
+    def has_saved(self, step: int) -> bool:
+        """Whether nothing was done up to ``step`` that a checkpoint lacks."""
+        return step == 0 if self.newest is None else self.newest.name == f"step-{step:08d}"
+
     def check(self) -> None:
         """Raise UserError when the folder was taken away: what is written then would be lost, or go elsewhere."""
         if self._lock is not None and not self._is_here():
