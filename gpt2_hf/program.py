@@ -7,10 +7,8 @@ import functools
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -80,55 +78,6 @@ def say(line: str) -> None:
         time.sleep(PATIENCE)
         line = f"[rank {rank}] {line}"
     print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def last_words(words: Callable[[], str]) -> Iterator[None]:
-    """Print ``words()`` on stderr when SIGTERM ends this process in here, at once, and exit with status 143.
-
-    A thread does it, because a main thread that waits for another rank does not run Python's signal handlers. Nothing
-    is done outside the main thread, or where the caller has a handler of its own.
-    """
-    in_main = threading.current_thread() is threading.main_thread()
-    if not in_main or _rank() != "0" or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-
-    def wait() -> None:
-        while number := os.read(reader, 1):
-            if number[0] == signal.SIGTERM:
-                try:
-                    print(words(), file=sys.stderr, flush=True)
-                finally:
-                    os._exit(128 + signal.SIGTERM)
-        os.close(reader)
-
-    threading.Thread(target=wait, name="last words", daemon=True).start()
-    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, _heard)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.set_wakeup_fd(before)
-        os.close(writer)
-
-
-def _heard(*_: object) -> None:
-    """SIGTERM's handler: what is to be done, the thread does that reads the pipe."""
-
-
-def _deaf_child() -> None:
-    # A forked child would write what it hears into its parent's pipe.
-    if signal.getsignal(signal.SIGTERM) is _heard:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_deaf_child)
 
 
 def end_with_launcher() -> None:

@@ -39,6 +39,7 @@ from .metrics import RunLog, Throughput, flops_per_token
 from .optim import build_optimizers
 from .run_folder import RunFolder, flat
 from .start import Data, Start, identity
+from .stop import Stop
 from .trackers import Trackers
 from .watch import Watch
 
@@ -72,10 +73,11 @@ class Parts:
     log: RunLog
     watch: Watch
     saver: checkpoint.Saver
+    stop: Stop
     identity: dict[str, Any]
 
 
-def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state: PartialState) -> Parts:
+def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state: PartialState, stop: Stop) -> Parts:
     """Make the parts in the order in which they need each other, with the state of ``start`` in them."""
     transformers.utils.logging.disable_progress_bar()  # bars for saving and loading would break ours
     precision = set_precision(config, state.device)
@@ -97,7 +99,7 @@ def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state:
         if config.train.check_kernels:
             KernelCheck(config, start, data.train, accelerator, bare_model, DTYPES[precision]).run()
         check_first_step(bare_model, has_checked_loss=config.train.check_kernels)
-    measures = Measures(config, accelerator, bare_model, tokenizer, data.val, DTYPES[precision])
+    measures = Measures(config, accelerator, bare_model, tokenizer, data.val, DTYPES[precision], stop.safe_point)
     documents = build_document_mask(config, data.train, bare_model, DTYPES[precision])
     throughput = build_throughput(config, accelerator, bare_model, precision)
     log = open_log(config, accelerator, folder, start, data.train, precision)
@@ -120,6 +122,7 @@ def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state:
         log=log,
         watch=watch,
         saver=saver,
+        stop=stop,
         identity=identity(config, data.train),
     )
 
@@ -264,7 +267,8 @@ def open_log(
         f"{config.train.micro_batch_size} x {config.data.seq_len} x {accelerator.num_processes} processes x "
         f"{config.grad_accum_steps(accelerator.num_processes)} accumulated; {steps * batch / data.n_tokens:.2f} epochs"
     )
-    log = RunLog(run_dir, start.step, steps, batch, accelerator.is_main_process, trackers)
+    is_owed = start.owed is not None
+    log = RunLog(run_dir, start.step, steps, batch, accelerator.is_main_process, trackers, drops_start=is_owed)
     if start.rewind:
         log.go_back(start.step, start.rewind.row())
     if accelerator.is_main_process:

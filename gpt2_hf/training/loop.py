@@ -8,8 +8,9 @@ again resumes it.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from torch.optim import Optimizer
 
 from ..config import RunConfig
 from ..data.documents import DocumentMask
-from ..program import last_words
 from .build import Parts, build
 from .checkpoint import save, save_final
 from .distributed import clip, exchange
@@ -32,6 +32,7 @@ from .preflight import check_environment, check_launcher, check_run
 from .rewind import rewind
 from .run_folder import RunFolder
 from .start import find_start, is_finished, load_steps, open_data
+from .stop import Stop, Stopping
 from .watch import Diverged, advice_on_disk, advice_on_memory, advice_on_peers
 
 
@@ -51,7 +52,7 @@ def train(config: RunConfig) -> Path:
     check_run(config, state)
     with (
         RunFolder(Path(config.train.run_dir), state) as folder,
-        last_words(folder.last_words),
+        Stop(folder, state) as stop,
         advice_on_disk(folder),
         advice_on_peers(),
     ):
@@ -63,45 +64,75 @@ def train(config: RunConfig) -> Path:
             with mirroring(folder.path, config.checkpoint, None, state.is_main_process):
                 pass  # of which the last start may have left something
             return folder.final
-        parts = build(config, data, start, folder, state)
+        parts = build(config, data, start, folder, state, stop)
         with (
             mirroring(folder.path, config.checkpoint, start.step, state.is_main_process),
             closing(parts.log),
             closing(parts.saver),
             advice_on_memory(config, state.num_processes),
         ):
-            train_and_rewind(config, parts)
+            signal_number = train_and_rewind(config, parts)
         accelerator = parts.accelerator
         # The model goes before the process group does. Were DDP the last to hold it, gloo's thread would be waited for
         # with Python's lock held, for which that thread may be waiting: the process would never end.
         del parts
         accelerator.free_memory()
         accelerator.end_training()
+        if signal_number:
+            stop.end(signal_number)
     return folder.final
 
 
-def train_and_rewind(config: RunConfig, parts: Parts) -> None:
-    """Make all steps and write the finished model; where training diverges, go back and pass over the data since."""
+def train_and_rewind(config: RunConfig, parts: Parts) -> int:
+    """Make all steps and write the finished model; where training diverges, go back and pass over the data since.
+
+    Returns:
+        The number of the signal that ended this early, when what was done is saved; 0 for none.
+    """
     while True:
         try:
             loop(config, parts)
-            return save_final(parts)
+            save_final(parts)
+            return 0
         except Diverged as trouble:
             parts = rewind(parts, trouble)
+        except Stopping as stopping:
+            save_stopped(parts, stopping)
+            return stopping.number
+
+
+def save_stopped(parts: Parts, stopping: Stopping) -> None:
+    """Save the last finished step, unless it is saved already or not worth it. Every rank must call it."""
+    folder, step = parts.folder, parts.folder.step
+    for optimizer in parts.optimizers:
+        optimizer.zero_grad()  # room for the copies
+    parts.saver.wait()
+    if step is not None and not folder.has_saved(step):
+        try:
+            parts.watch.look(step)
+            is_good = parts.watch.try_weights(step, parts.optimizers, None)
+        except Diverged as trouble:
+            parts.log.say(str(trouble))
+            is_good = False
+        if is_good:
+            save(replace(parts, identity=parts.identity | {"owed": stopping.owed}), step)
+            parts.saver.wait()
+    parts.stop.mark(stopping.number)
 
 
 def loop(config: RunConfig, parts: Parts) -> None:
     """Make the steps from the start to ``config.train.steps``; measure, log and save when each is due."""
     first, last = parts.start.step, config.train.steps
     log, watch, folder, throughput = parts.log, parts.watch, parts.folder, parts.throughput
+    safe_point = parts.stop.safe_point
     with load_steps(config, parts.data.train, parts.start, parts.accelerator) as batches:
-        if first == 0:
-            log.write(0, parts.measures.take(0))
+        if first == 0 or parts.start.owed is not None:
+            log.write(first, (parts.start.owed or {}) | parts.measures.take(first))
         for step, batch in enumerate(batches, first + 1):
             lr_share = lr_at(step - 1, last, config.optim)
             set_lr(parts.optimizers, lr_share)
             loss, grad_norm = train_step(
-                parts.accelerator, parts.model, parts.optimizers, batch, step - 1, config, parts.documents
+                parts.accelerator, parts.model, parts.optimizers, batch, step - 1, config, parts.documents, safe_point
             )
             watch.note(loss, grad_norm)
             folder.step = step
@@ -121,13 +152,16 @@ def loop(config: RunConfig, parts: Parts) -> None:
                 if saving and not is_good:
                     log.say(f"step {step}: not saved, as the loss is far above that of the steps before, or not finite")
                 saving = saving and is_good
-            row |= parts.measures.take(step)
+            with parts.stop.owing(row):
+                row = row | parts.measures.take(step)
             folder.check()
             log.write(step, row)
             if saving:
                 save(parts, step)
             if saving or measuring or step == first + 1:
                 throughput.restart(step)  # what took time here was not training, or was compilation
+            safe_point()
+        parts.stop.last_step_made()
 
 
 def train_step(
@@ -138,17 +172,21 @@ def train_step(
     step: int,
     config: RunConfig,
     documents: DocumentMask | None = None,
+    safe_point: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """One update from this rank's share of the global batch; returns its mean loss and the gradient's global norm.
 
     The loss of each micro-batch is divided by the tokens of the rank's whole share, so gradients add up to that of
     the mean whatever the number of micro-batches. Ranks exchange gradients once, in the last micro-step. Where one of
-    these is not finite, the update is skipped, on all ranks alike, and the norm is not finite either.
+    these is not finite, the update is skipped, on all ranks alike, and the norm is not finite either. ``safe_point``
+    is called between micro-steps, where the weights are still those of the last step.
     """
     n_micro_steps, micro_batch_size, _ = batch.shape
     first_sample = (step * accelerator.num_processes + accelerator.process_index) * n_micro_steps * micro_batch_size
     total = torch.zeros((), device=accelerator.device)
     for micro_step, on_host in enumerate(batch):
+        if micro_step:
+            safe_point()
         windows = on_host.to(accelerator.device, non_blocking=True)
         input_ids, labels = windows[:, :-1], windows[:, 1:]
         apart = documents(input_ids, on_host[:, :-1]) if documents else {}

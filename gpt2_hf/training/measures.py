@@ -37,6 +37,7 @@ class Measures:
         model: the bare model; its parameters are those that the wrapped one trains.
         val_data: None where no validation loss is asked for.
         dtype: that the model computes in.
+        safe_point: is called before each forward call, equally often on each rank; what it raises ends the measurement.
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class Measures:
         tokenizer: PreTrainedTokenizerBase,
         val_data: ShardSet | None,
         dtype: torch.dtype,
+        safe_point: Callable[[], None] = lambda: None,
     ):
+        self._safe_point = safe_point
         self._config, self._accelerator, self._model, self._tokenizer = config, accelerator, model, tokenizer
         several = accelerator.num_processes > 1
         self._ranks: dict[str, Any] = {
@@ -75,9 +78,13 @@ class Measures:
         Before the first step that is the loss alone: an untrained model's answers are chance, and the run should start.
         """
         row: dict[str, Any] = {}
-        for every, measure in self._kinds if step else self._kinds[: self._n_before_training]:
-            if is_due(every, step, self._config.train.steps):
-                row |= measure()
+        hook = self._model.register_forward_pre_hook(lambda *_: self._safe_point(), prepend=True)
+        try:
+            for every, measure in self._kinds if step else self._kinds[: self._n_before_training]:
+                if is_due(every, step, self._config.train.steps):
+                    row |= measure()
+        finally:
+            hook.remove()
         return row
 
     def _validation(self, data: ShardSet, dtype: torch.dtype) -> Callable[[], dict[str, Any]]:
@@ -114,7 +121,13 @@ class Measures:
         return score
 
     def _samples(self) -> dict[str, Any]:
-        settings = self._config.eval
+        settings, n_calls = self._config.eval, 0
+
+        def count(*_: object) -> None:
+            nonlocal n_calls
+            n_calls += 1
+
+        counter = self._model.register_forward_pre_hook(count)
         with torch.compiler.set_stance("force_eager"), self._accelerator.autocast():
             texts = sample_text(
                 self._model,
@@ -124,4 +137,8 @@ class Measures:
                 n_samples=settings.sample_count,
                 device=self._accelerator.device,
             )
+        counter.remove()
+        # On another kind of processor a rank's samples may have other lengths.
+        for _ in range(n_calls, settings.sample_tokens):
+            self._safe_point()
         return {"samples": texts}

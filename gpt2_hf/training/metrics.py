@@ -79,7 +79,8 @@ class RunLog:
     """A run's progress bar, its metrics.jsonl and trackers; silent on all ranks but the first, which is ``enabled``.
 
     Each row is a JSON object with ``step``, ``tokens_seen`` and what was measured then. Opening the log for a run that
-    resumes after ``start_step`` drops what a killed run wrote later: those steps are made again.
+    resumes after ``start_step`` drops what a killed run wrote later: those steps are made again. With
+    ``drops_start`` the row of that step goes too: its measurements were cut short, and are taken again.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class RunLog:
         tokens_per_step: int,
         enabled: bool,
         trackers: Trackers | None = None,
+        drops_start: bool = False,
     ):
         self.tokens_per_step = tokens_per_step
         self.enabled = enabled
@@ -107,7 +109,7 @@ class RunLog:
         )
         self._path = run_dir / "metrics.jsonl"
         if self.enabled:
-            self.rows = RowFile(self._path, self._kept(start_step), self.say)
+            self.rows = RowFile(self._path, self._kept(start_step - drops_start), self.say)
 
     def _kept(self, last_step: int) -> list[dict[str, Any]]:
         return [row for row in read_rows(self._path) if _is_up_to(last_step, row)] if last_step else []

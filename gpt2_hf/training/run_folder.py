@@ -145,6 +145,10 @@ class RunFolder:
             return f" at step {self.step}; nothing was saved yet, so the next start begins at step 0"
         return f" at step {self.step}; the next start goes on from {self.newest}"
 
+    def has_saved(self, step: int) -> bool:
+        """Whether nothing was done up to ``step`` that a checkpoint lacks."""
+        return step == 0 if self.newest is None else self.newest.name == f"step-{step:08d}"
+
     def check(self) -> None:
         """Raise FolderGone when the folder was taken away; write what a full disk has not taken so far.
 

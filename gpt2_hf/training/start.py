@@ -51,12 +51,14 @@ class Start:
     Attributes:
         data_offset: samples that the run has passed over so far: all that follow come by so many earlier.
         rewind: the rewind that led here, if the run came to this step by one.
+        owed: what is known of a step whose measurements were cut short, and are still to be made; None otherwise.
     """
 
     checkpoint: Path | None = None
     step: int = 0
     data_offset: int = 0
     rewind: Rewind | None = None
+    owed: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -273,7 +275,7 @@ def _check(config: RunConfig, data: ShardSet, found: Path, rewind: Rewind | None
         )
     if rewind and rewind.step == saved["step"]:
         return Start(found, saved["step"], rewind.data_offset, rewind)
-    return Start(found, saved["step"], saved.get("data_offset", 0))
+    return Start(found, saved["step"], saved.get("data_offset", 0), owed=saved.get("owed"))
 
 
 def _refuse_other(config: RunConfig, data: ShardSet, saved: dict[str, Any], place: str) -> None:

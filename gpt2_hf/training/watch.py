@@ -118,6 +118,8 @@ class Watch:
         Raises:
             Diverged: when training no longer works.
         """
+        if not self._unread:
+            return
         losses, norms = zip(*self._unread, strict=True)
         self._unread = []
         loss = self.accelerator.reduce(torch.stack(losses), "mean")

@@ -5,20 +5,17 @@ import fcntl
 import io
 import json
 import os
-import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from test_train import ROOT, TORCHRUN, launch, losses, run, tiny, with_steps
+from test_train import ROOT, TORCHRUN, losses, run, tiny, with_steps
 from test_train import clean_state as clean_state
 from test_train import data as data
 
@@ -273,55 +270,6 @@ def test_a_console_that_lacks_a_character(tmp_path, monkeypatch, encoding):
     out.flush()
     assert b"\\u4f60\\u597d" in out.buffer.getvalue() and b"\\U0001f600" in out.buffer.getvalue()
     assert read_rows(run_dir / "metrics.jsonl")[0]["samples"] == ["naïve 你好 \U0001f600"]
-
-
-def wait_for(path: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not (rows := read_rows(path)) or rows[-1]["step"] < step:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def endless(data, tmp_path):
-    return tiny(data, tmp_path / "run", train__steps=100_000, checkpoint__save_every=5)
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_end_a_run_with_one_true_line(data, tmp_path, number, status):
-    process = launch(endless(data, tmp_path), tmp_path)
-    wait_for(tmp_path / "run" / "metrics.jsonl", 8, process)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == status and "Traceback" not in output
-    step, saved = re.fullmatch(
-        rf"(?:stopped|terminated) at step (\d+); the next start goes on from {tmp_path}/run/checkpoints/step-(\d+)",
-        output.splitlines()[-1],
-    ).groups()
-    assert runs.newest_whole(tmp_path / "run" / "checkpoints").name == f"step-{saved}"
-    assert int(saved) <= int(step) < int(saved) + 6
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent is gone")
-@pytest.mark.parametrize("launcher", [("-m", "accelerate.commands.launch", "--cpu"), TORCHRUN[1:]])
-def test_a_killed_launcher_takes_training_along(data, tmp_path, launcher):
-    process = launch(endless(data, tmp_path), tmp_path, sys.executable, *launcher)
-    wait_for(tmp_path / "run" / "metrics.jsonl", 8, process)
-    holder = int((tmp_path / "run" / ".lock").read_text().split()[1])
-    assert holder != process.pid
-    process.kill()
-    assert process.communicate(timeout=60)[0].splitlines()[-1].startswith("terminated at step")
-    deadline = time.monotonic() + 30
-    while is_alive(holder):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    lock_folder(tmp_path / "run").close()
 
 
 def test_an_error_of_one_rank_is_said_by_that_rank(data, tmp_path):
