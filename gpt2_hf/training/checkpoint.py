@@ -47,6 +47,7 @@ from ..runs import (
     step_name,
 )
 from .distributed import Host, put, settle, settled, whole
+from .stop import GONE, Stopping
 
 if TYPE_CHECKING:
     from .build import Parts
@@ -84,8 +85,9 @@ def save_final(parts: Parts) -> None:
     """Write the finished model, ``RUN/final``, after the checkpoints. Every rank must call it. Raises OSError."""
     if parts.start.step == parts.config.train.steps:  # no step of this start has tried these weights
         parts.watch.try_weights(parts.start.step, parts.optimizers, None)
-    parts.folder.check()
     parts.saver.wait()
+    if any(parts.host.gather(parts.folder.is_gone())):
+        raise Stopping(GONE)
     parts.saver.begin(parts.folder.final)
     if problem := parts.saver.wait():
         raise problem

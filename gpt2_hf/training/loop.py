@@ -32,7 +32,7 @@ from .preflight import check_environment, check_launcher, check_run
 from .rewind import rewind
 from .run_folder import RunFolder
 from .start import find_start, is_finished, load_steps, open_data
-from .stop import Stop, Stopping
+from .stop import GONE, Stop, Stopping
 from .watch import Diverged, advice_on_disk, advice_on_memory, advice_on_peers
 
 
@@ -97,6 +97,8 @@ def train_and_rewind(config: RunConfig, parts: Parts) -> int:
         except Diverged as trouble:
             parts = rewind(parts, trouble)
         except Stopping as stopping:
+            if stopping.number == GONE:
+                parts.folder.move_elsewhere()
             save_stopped(parts, stopping)
             return stopping.number
 
@@ -154,7 +156,8 @@ def loop(config: RunConfig, parts: Parts) -> None:
                 saving = saving and is_good
             with parts.stop.owing(row):
                 row = row | parts.measures.take(step)
-            folder.check()
+            if folder.is_gone():
+                parts.stop.ask(GONE)
             log.write(step, row)
             if saving:
                 save(parts, step)

@@ -149,27 +149,39 @@ class RunFolder:
         """Whether nothing was done up to ``step`` that a checkpoint lacks."""
         return step == 0 if self.newest is None else self.newest.name == f"step-{step:08d}"
 
-    def check(self) -> None:
-        """Raise FolderGone when the folder was taken away; write what a full disk has not taken so far.
+    def is_gone(self) -> bool:
+        """Whether the folder was taken away; if not, what a full disk has not taken so far is written.
 
-        Only the first rank looks. ``elsewhere`` then gives a place for what must not be lost.
+        Only the first rank looks. ``move_elsewhere`` then gives a place for what must not be lost.
         """
         if self._lock is None:
-            return
+            return False
         if not self._is_here():
-            raise FolderGone(
-                f"{self.path} was deleted, renamed or replaced at step {self.step} of its run; if it was renamed, "
-                f"rename it back, and start again: the run goes on from its newest checkpoint"
-            )
+            return True
         if self._unwritten and time.monotonic() > self._next_try:
             self._write_records()
+        return False
 
-    def elsewhere(self) -> Path:
-        """Move this start, of the first rank, to a new folder beside the one that was taken away; returns that folder.
+    def move_elsewhere(self) -> None:
+        """Go on in a new folder beside the one that was taken away. Every rank must call it.
 
         That is RUN-rescued (or -rescued-2, ...), with the records and rows of this start; from now on ``path``,
         ``checkpoints`` and ``final`` are there. A later start goes on from it by ``--train.run_dir RUN-rescued``.
         """
+        self._taken_away = self.path
+        self.path, self.newest = agree(self._state, self._make_elsewhere), None
+
+    def what_was_saved_elsewhere(self) -> str:
+        """After ``move_elsewhere``: what happened, and how to go on."""
+        where = (
+            f"nothing could be saved in {self.path}" if self.newest is None else f"the state is saved in {self.newest}"
+        )
+        return (
+            f"{self._taken_away} was deleted, renamed or replaced at step {self.step} of its run; {where}: "
+            f"go on from there with --train.run_dir {self.path}"
+        )
+
+    def _make_elsewhere(self) -> Path:
         for number in count(1):
             folder = self._place.with_name(f"{self._place.name}-rescued{f'-{number}' if number > 1 else ''}")
             try:
@@ -180,7 +192,7 @@ class RunFolder:
         lock, self._lock = self._lock, lock_folder(folder)
         if lock is not None:
             lock.close()
-        self.path, self._place, self._identity = folder, folder, folder.stat()
+        self.path, self._place, self._identity = folder, folder, folder.stat()  # this rank's: what follows writes there
         self._unwritten = dict(self._records)
         if self.rows is not None:
             self._unwritten["metrics.jsonl"] = self.rows.content()

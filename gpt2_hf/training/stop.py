@@ -30,7 +30,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..files import whole_file
-from .run_folder import RunFolder, agree
+from .run_folder import FolderGone, RunFolder, agree
 
 # Seconds after a signal in which a safe point must come, or the process ends without it.
 GRACE = 30.0
@@ -41,17 +41,20 @@ WORKERS = ".workers"
 # The batch system's signals, and Ctrl-C.
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, name))
 
+# In a signal's place: the run's folder was taken away.
+GONE = 255
+
 
 class Stopping(BaseException):
     """Raised on all ranks at the same safe point: the run is to end with the last finished step.
 
     Attributes:
-        number: of the signal.
+        number: of the signal, or ``GONE``.
         owed: what was known of a step when its measurements were cut short; None between measurements.
     """
 
     def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
+        super().__init__(number)
         self.number = number
         self.owed: dict[str, Any] | None = None
 
@@ -109,6 +112,10 @@ class Stop:
             self._is_safe = True
             raise Stopping(agreed)
 
+    def ask(self, number: int) -> None:
+        """Have all ranks stop at the next safe point, as if this one had heard the signal."""
+        self._heard = self._heard or number
+
     def _agreed(self) -> int:
         """The signal that some rank had heard at the last safe point; tells the others what this one has now."""
         if self._group is None:
@@ -151,7 +158,10 @@ class Stop:
         Raises:
             KeyboardInterrupt: after Ctrl-C; its text is what the next start goes on from.
             SystemExit: with status ``REQUEUE``, after a batch system's signal; that text is printed.
+            FolderGone: where the run's folder was taken away; it says where the run can go on.
         """
+        if number == GONE:
+            raise FolderGone(self.folder.what_was_saved_elsewhere())
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.state.is_main_process:
@@ -165,7 +175,7 @@ class Stop:
             path.unlink(missing_ok=True)
 
     def _mark(self, number: int) -> None:
-        if number == signal.SIGINT or self.folder.is_finished:
+        if number in (signal.SIGINT, GONE) or self.folder.is_finished:
             return
         row = {
             "signal": signal.Signals(number).name,

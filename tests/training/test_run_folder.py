@@ -82,16 +82,24 @@ def at_steps(monkeypatch, acts: dict[int, object]) -> None:
 
 def replace(path: Path) -> None:
     path.rename(path.with_name("elsewhere"))
-    path.mkdir()
+    path.mkdir(exist_ok=True)  # what was just being saved may have made it again
 
 
 @pytest.mark.parametrize("act", [shutil.rmtree, lambda path: path.rename(path.with_name("elsewhere")), replace])
 @pytest.mark.parametrize("at", [3, 6])
-def test_a_folder_taken_away_ends_the_run(data, tmp_path, monkeypatch, act, at):
-    before_step(monkeypatch, at, lambda: act(tmp_path / "run"))
-    with pytest.raises(FolderGone, match="was deleted, renamed or replaced at step"):
-        train(tiny(data, tmp_path / "run", train__steps=6, checkpoint__save_every=2, train__log_every=2))
+def test_a_run_whose_folder_is_taken_away_goes_on_in_another(data, tmp_path, monkeypatch, act, at):
+    def config(name: str):
+        return tiny(data, tmp_path / name, train__steps=6, checkpoint__save_every=2, train__log_every=2)
+
+    straight = run(config("straight"))
+    with monkeypatch.context() as patched:
+        before_step(patched, at, lambda: act(tmp_path / "run"))
+        words = rf"replaced at step {at} of its run; the state is saved in {tmp_path}/run-rescued/check.*-rescued$"
+        with pytest.raises(FolderGone, match=words):
+            train(config("run"))
+    AcceleratorState._reset_state(reset_partial_state=True)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert losses(run(config("run-rescued"))) == losses(straight)
 
 
 def test_what_is_left_when_the_folder_is_gone_has_a_place_beside_it(tmp_path):
@@ -101,11 +109,11 @@ def test_what_is_left_when_the_folder_is_gone_has_a_place_beside_it(tmp_path):
         folder.rows.write({"step": 2})
         shutil.rmtree(tmp_path / "run")
         (tmp_path / "run-rescued").mkdir()
-        with pytest.raises(FolderGone):
-            folder.check()
-        rescued = folder.elsewhere()
+        assert folder.is_gone()
+        folder.move_elsewhere()
+        rescued = folder.path
         assert rescued == tmp_path / "run-rescued-2" and folder.checkpoints == rescued / "checkpoints"
-        folder.check()
+        assert not folder.is_gone()
         with pytest.raises(BlockingIOError):
             lock_folder(rescued)
         assert read_rows(rescued / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
