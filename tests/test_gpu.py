@@ -1,5 +1,6 @@
 """What only a CUDA device can show. Run where there is one: pytest -m gpu."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ from accelerate.state import AcceleratorState
 from test_document_mask import BACKENDS, E, split
 from test_train import clean_state as clean_state
 from test_train import compile_once, losses, tiny
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.utils import is_flash_attn_2_available
@@ -17,6 +19,7 @@ from gpt2_hf import hardware
 from gpt2_hf.data.documents import DocumentMask
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
 from gpt2_hf.runs import read_rows
+from gpt2_hf.training import build
 from gpt2_hf.training import loop as training
 from gpt2_hf.training.loop import train, train_step
 
@@ -252,3 +255,26 @@ def test_loop_learns_with_documents_apart(make_shards, tmp_path, steps_never_wai
     train(config)
     found = losses(read_rows(tmp_path / "run" / "metrics.jsonl"))
     assert found[-1] < found[0] / 2
+
+
+def test_shares_of_a_model_train_and_are_saved_as_a_whole_one_is(make_shards, tmp_path, monkeypatch):
+    """One process that has all shares: what NCCL, the mixed precision of shares and pinned copies do."""
+    pattern = [[(start + 3 * i) % 250 for i in range(120)] for start in range(60)]
+    data = make_shards({"train": [pattern], "val": [pattern[:4]]})
+    settings = {"model__vocab_size": None, "train__precision": "bf16", "train__compile": "on", "eval__val_every": 3}
+    settings |= {"optim__name": "muon", "optim__lr": 5e-3, "checkpoint__save_every": 3, "train__steps": 12}
+    rows = {}
+    for name in ("whole", "shares"):
+        if name == "shares":
+            launcher = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29577}
+            for variable, value in launcher.items():
+                monkeypatch.setenv(variable, str(value))
+            monkeypatch.setattr(build, "sharding_mesh", lambda _: init_device_mesh("cuda", (1,)))
+        config = tiny(data, tmp_path / name, **settings)
+        for steps in (6, 12):  # the second goes on from the first
+            train(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)))
+            AcceleratorState._reset_state(reset_partial_state=True)
+            torch._dynamo.reset()
+        rows[name] = read_rows(tmp_path / name / "metrics.jsonl")
+    whole, shares = losses(rows["whole"]), losses(rows["shares"])
+    assert whole == pytest.approx(shares, rel=2e-2) and whole[-1] < whole[0] - 1
