@@ -21,7 +21,7 @@ from ..data.storage import Storage
 from ..data.stream import StepLoader, TokenStream
 from ..files import whole_file
 from ..knobs import ConfigError
-from . import checkpoint, mirror
+from . import checkpoint, stored_run
 from .run_folder import agree
 
 # The record, in a run's folder, of the checkpoint that `resume.from` named and the run has gone on from.
@@ -145,7 +145,7 @@ def _check_mirror(config: RunConfig) -> None:
     if (url := config.checkpoint.mirror) is None:
         return
     try:
-        Storage.open(url, mirror.AT_START)
+        Storage.open(url, stored_run.AT_START)
     except (ShardError, ImportError) as error:
         raise ConfigError(f"checkpoint.mirror: {error}") from None
     path = Path(url.removeprefix("file://"))
@@ -172,11 +172,13 @@ def _fetch(config: RunConfig, data: ShardSet) -> Path | None:
     assert url is not None
     only = None
     try:
-        if resume.from_ is not None and _taken(mirror.read_record(url, TAKEN))[0] != str(_chosen(run, resume.from_)):
-            if not resume.from_.isdecimal():
-                return None
-            only = int(resume.from_)
-        found = mirror.fetch_newest(run, url, lambda saved, where: _refuse_other(config, data, saved, where), only)
+        if resume.from_ is not None:
+            taken, _ = _taken(stored_run.read_record(url, TAKEN))
+            if taken != str(_chosen(run, resume.from_)):
+                if not resume.from_.isdecimal():
+                    return None
+                only = int(resume.from_)
+        found = stored_run.fetch_newest(run, url, lambda saved, where: _refuse_other(config, data, saved, where), only)
     except (ShardError, ImportError) as error:
         raise ConfigError(
             f"checkpoint.mirror: {error}; {run} has no whole checkpoint, and may go on from one there: to begin at "
