@@ -109,7 +109,7 @@ def problem(checkpoint: Path) -> str | None:
         if checkpoint.is_symlink():
             return "it is a symbolic link"
         if not checkpoint.is_dir():
-            return "it is not a folder"
+            return "it is not a folder" if checkpoint.exists() else "it is not there"
         listed = read_manifest(checkpoint)
         if not any(_WEIGHTS.fullmatch(name) for name in listed):
             return f"{MANIFEST} lists no weights"

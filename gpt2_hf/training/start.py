@@ -117,8 +117,9 @@ def _look(config: RunConfig, data: ShardSet) -> Start:
                 f"{run} has checkpoints, and no run can go on from any of them ({shown}); repair one, or begin at step "
                 f"0 with --resume.mode never, which moves them aside"
             )
+        start = Start() if newest is None else _check(config, data, newest)
         (run / TAKEN).unlink(missing_ok=True)
-        return Start() if newest is None else _check(config, data, newest)
+        return start
 
     chosen = _chosen(run, resume.from_)
     if taken == str(chosen) and newest and checkpoint.read_state(newest)["step"] > taken_step:
