@@ -132,7 +132,7 @@ def problem(checkpoint: Path) -> str | None:
         if checkpoint.is_symlink():
             return "it is a symbolic link"
         if not checkpoint.is_dir():
-            return "it is not a folder"
+            return "it is not a folder" if checkpoint.exists() else "it is not there"
         listed = read_manifest(checkpoint)
         if not any(_WEIGHTS.fullmatch(name) for name in listed):
             return f"{MANIFEST} lists no weights"
@@ -277,9 +277,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def best_step(run: Path) -> int | None:
-    """The step with the lowest validation loss of those that have a whole checkpoint, by metrics.jsonl; None: none."""
-    kept = saved_steps(run / "checkpoints")
+def best_step(run: Path, steps: Iterable[int] | None = None) -> int | None:
+    """The step with the lowest validation loss by metrics.jsonl; None: there is none.
+
+    Args:
+        steps: those to choose from; by default those of which the run has a whole checkpoint.
+    """
+    saved = saved_steps(run / "checkpoints")
+    kept = set(saved if steps is None else steps)
     measured = {}
     for row in read_rows(run / "metrics.jsonl"):
         if not isinstance(row, dict):
@@ -287,7 +292,8 @@ def best_step(run: Path) -> int | None:
         step, loss = row.get("step"), row.get("val_loss")
         if isinstance(step, int) and step in kept and isinstance(loss, float) and math.isfinite(loss):
             measured[step] = loss
-    return next((step for step in sorted(measured, key=measured.__getitem__) if is_whole(kept[step])), None)
+    from_best = sorted(measured, key=measured.__getitem__)
+    return next((step for step in from_best if steps is not None or is_whole(saved[step])), None)
 
 
 def prune(

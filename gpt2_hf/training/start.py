@@ -22,7 +22,7 @@ from ..data.storage import Storage
 from ..data.stream import StepLoader, TokenStream
 from ..files import whole_file
 from ..knobs import ConfigError
-from . import checkpoint, mirror
+from . import checkpoint, stored_run
 from .run_folder import agree
 
 REWIND = "rewind.json"
@@ -168,8 +168,9 @@ def _look(config: RunConfig, data: ShardSet) -> Start:
                 f"{run} has checkpoints, and no run can go on from any of them ({shown}); repair one, or begin at step "
                 f"0 with --resume.mode never, which moves them aside"
             )
+        start = Start() if newest is None else _check(config, data, newest, rewind)
         (run / TAKEN).unlink(missing_ok=True)
-        return Start() if newest is None else _check(config, data, newest, rewind)
+        return start
 
     chosen = _chosen(run, resume.from_)
     if taken == str(chosen) and newest and checkpoint.read_state(newest)["step"] > taken_step:
@@ -197,7 +198,7 @@ def _check_mirror(config: RunConfig) -> None:
     if (url := config.checkpoint.mirror) is None:
         return
     try:
-        Storage.open(url, mirror.AT_START)
+        Storage.open(url, stored_run.AT_START)
     except (ShardError, ImportError) as error:
         raise ConfigError(f"checkpoint.mirror: {error}") from None
     path = Path(url.removeprefix("file://"))
@@ -224,11 +225,13 @@ def _fetch(config: RunConfig, data: ShardSet) -> Path | None:
     assert url is not None
     only = None
     try:
-        if resume.from_ is not None and _taken(mirror.read_record(url, TAKEN))[0] != str(_chosen(run, resume.from_)):
-            if not resume.from_.isdecimal():
-                return None
-            only = int(resume.from_)
-        found = mirror.fetch_newest(run, url, lambda saved, where: _refuse_other(config, data, saved, where), only)
+        if resume.from_ is not None:
+            taken, _ = _taken(stored_run.read_record(url, TAKEN))
+            if taken != str(_chosen(run, resume.from_)):
+                if not resume.from_.isdecimal():
+                    return None
+                only = int(resume.from_)
+        found = stored_run.fetch_newest(run, url, lambda saved, where: _refuse_other(config, data, saved, where), only)
     except (ShardError, ImportError) as error:
         raise ConfigError(
             f"checkpoint.mirror: {error}; {run} has no whole checkpoint, and may go on from one there: to begin at "

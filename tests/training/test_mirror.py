@@ -26,9 +26,10 @@ from gpt2_hf import runs
 from gpt2_hf.config import CheckpointSection
 from gpt2_hf.data.storage import Retry, Storage
 from gpt2_hf.runs import read_rows
-from gpt2_hf.training import mirror
+from gpt2_hf.training import stored_run
 from gpt2_hf.training.loop import train
-from gpt2_hf.training.mirror import Copy, Keep, Mirror, fetch_newest
+from gpt2_hf.training.mirror import Mirror
+from gpt2_hf.training.stored_run import Copy, Keep, fetch_newest
 
 QUICK = Retry(timeout=20, first_wait=0.01, longest_wait=0.02, give_up=30)
 KEEP_ALL = Keep(keep_last=100, keep_every=0, keep_best=True)
@@ -73,7 +74,7 @@ def there(url: str) -> dict[str, bytes]:
 
 
 def steps_there(url: str) -> list[int]:
-    return mirror.steps_there(set(there(url)))
+    return stored_run.steps_there(set(there(url)))
 
 
 def mirrored(config, url: str, **changes):
@@ -127,9 +128,18 @@ def test_a_copy_keeps_what_the_run_would_keep(small_run, tmp_path):
     left = {path.name for path in (tmp_path / "storage" / "checkpoints").iterdir()}
     assert left == {"step-00000040", "step-00000030"}
 
+    copy_all(small_run, url, Keep(1, 0, True), 40)
+    assert steps_there(url) == [40, 10]
+    for path in (small_run / "checkpoints").glob("step-000000[123]0"):
+        shutil.rmtree(path)  # as on a fresh machine, which has brought no more than the newest
+    write(small_run / "checkpoints" / "step-00000050", "weights 50", 50)
+    copy_all(small_run, url, Keep(1, 0, True), 40)
+    assert steps_there(url) == [50, 10]
+
     damaged = small_run / "checkpoints" / "step-00000040" / "model.safetensors"
     damaged.write_text("weights 41")
-    assert copy_all(small_run, new_url("memory", tmp_path), Keep(1, 0, False), 0) == ["final"]  # nor is damage copied
+    copied = copy_all(small_run, new_url("memory", tmp_path), KEEP_ALL, 0)
+    assert copied == ["checkpoints/step-00000050", "final"]  # nor is damage copied
 
 
 def test_what_a_start_leaves_behind_is_moved_aside_there_too(small_run, tmp_path):
@@ -204,7 +214,7 @@ def test_a_storage_in_trouble_is_asked_until_all_is_there_manifests_last(proxy, 
         first = names.index("manifest.json")
         assert len(names) > 3 and set(names[first:]) == {"manifest.json"}, names
 
-    monkeypatch.setattr(mirror, "AT_START", QUICK)
+    monkeypatch.setattr(stored_run, "AT_START", QUICK)
     proxy.plan = faults("model.safetensors", "500", "truncate", "reset", "503", "truncate")
     assert fetch_newest(tmp_path / "fresh", url, lambda *_: None).name == "step-00000030"
 
@@ -251,7 +261,7 @@ def test_a_damaged_run_goes_on_from_its_mirror(data, tmp_path):
 
 
 def test_a_storage_that_does_not_answer_is_no_reason_to_begin_anew(data, tmp_path, proxy, monkeypatch):
-    monkeypatch.setattr(mirror, "AT_START", Retry(timeout=1, first_wait=0.01, longest_wait=0.02, give_up=0.3))
+    monkeypatch.setattr(stored_run, "AT_START", Retry(timeout=1, first_wait=0.01, longest_wait=0.02, give_up=0.3))
     url = new_url("s3", tmp_path)
     config = mirrored(tiny(data, tmp_path / "run", train__steps=2), url, mirror_wait_s=0)
     proxy.plan = lambda request: "503"
@@ -307,7 +317,7 @@ def test_a_copying_process_that_is_killed_is_started_again(small_run, tmp_path, 
         followed.stop()
     said = capsys.readouterr().out
     assert "the mirror's process ended" in said and "lacks" not in said
-    assert steps_there(url) == [30, 20, 10] and not (small_run / mirror.LINKS).exists()
+    assert steps_there(url) == [30, 20, 10] and not (small_run / stored_run.LINKS).exists()
 
 
 def test_a_checkpoint_that_is_pruned_while_it_is_copied_arrives_whole(small_run, tmp_path, monkeypatch):
@@ -350,3 +360,8 @@ def test_no_secret_of_a_mirror_is_told(data, tmp_path, capfd):
     )
     assert "the mirror http://***@127.0.0.1:9/folder?token=*** lacks step-00000002, final" in told
     assert "hunter" not in told and (tmp_path / "run" / "mirror.log").read_text()
+
+
+def test_the_copying_process_is_light():
+    program = "import sys, gpt2_hf.training.mirror; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -283,7 +283,7 @@ def test_a_start_from_another_runs_checkpoint(begun, tmp_path, capsys):
     for path, words in (
         (tmp_path / "run" / "final", "lists no|cannot be read"),
         (tmp_path, "manifest.json cannot be read"),
-        (tmp_path / "nowhere", "it is not a folder"),
+        (tmp_path / "nowhere", "it is not there"),
     ):
         assert "resume.from" in (said := refusal(asked(new, from_=path))) and any(w in said for w in words.split("|"))
     with pytest.raises(ConfigError, match="keep one of the two"):
