@@ -73,6 +73,11 @@ class Rewind:
         return {"rewound_from": self.rewound_from, "data_offset": self.data_offset}
 
     @staticmethod
+    def forget(run: Path) -> None:
+        """Else checkpoints that are made from an earlier one on would be taken for those that led to the rewind."""
+        (run / REWIND).unlink(missing_ok=True)
+
+    @staticmethod
     def read(run: Path) -> Rewind | None:
         """The last rewind of a run; None where there was none. Raises ConfigError for a file that cannot be read."""
         try:
@@ -137,6 +142,7 @@ def find_start(config: RunConfig, data: ShardSet, state: PartialState) -> Start:
             discard_untrusted(run_dir / "checkpoints", rewind)
         found = runs.newest_whole(run_dir / "checkpoints")
         if found is None:
+            Rewind.forget(run_dir)
             return Start()
         try:
             state_of_run = checkpoint.read_state(found)
@@ -157,6 +163,8 @@ def find_start(config: RunConfig, data: ShardSet, state: PartialState) -> Start:
                 f"train.steps is {config.train.steps}, and {found} is {saved['step']} steps along already: raise "
                 f"train.steps, or choose another --train.run_dir"
             )
+        if rewind and rewind.step > saved["step"]:  # its checkpoint is gone: what comes now was never rewound
+            Rewind.forget(run_dir)
         if rewind and rewind.step == saved["step"]:
             return Start(found, saved["step"], rewind.data_offset, rewind)
         return Start(found, saved["step"], saved.get("data_offset", 0))
