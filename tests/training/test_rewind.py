@@ -22,11 +22,17 @@ from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.stream import StepLoader, TokenStream
 from gpt2_hf.knobs import ConfigError
 from gpt2_hf.runs import read_rows
+from gpt2_hf.training import checkpoint, rewind
 from gpt2_hf.training import loop as training
-from gpt2_hf.training import rewind
 from gpt2_hf.training.loop import train, train_step
 from gpt2_hf.training.metrics import RunLog
 from gpt2_hf.training.watch import ENOUGH, PAST, SCALER_SKIPS, Diverged, Watch
+
+
+@pytest.fixture(autouse=True)
+def quick_to_save(monkeypatch):
+    """Checkpoints without a tokenizer, which takes longer to write than all these runs to train."""
+    monkeypatch.setattr(checkpoint, "save_tokenizer", lambda *_: None, raising=False)
 
 
 def nan_gradient(model, optimizers):
@@ -134,6 +140,7 @@ from gpt2_hf.config import RunConfig
 from gpt2_hf.model import modeling_gpt
 from gpt2_hf.program import program
 from gpt2_hf.runs import read_rows
+from gpt2_hf.training import checkpoint, rewind
 from gpt2_hf.training import loop as training
 
 is_harmed = os.environ["RANK"] == "1"
