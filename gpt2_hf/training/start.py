@@ -85,6 +85,11 @@ class Rewind:
         return {"rewound_from": self.rewound_from, "data_offset": self.data_offset}
 
     @staticmethod
+    def forget(run: Path) -> None:
+        """Else checkpoints that are made from an earlier one on would be taken for those that led to the rewind."""
+        (run / REWIND).unlink(missing_ok=True)
+
+    @staticmethod
     def read(run: Path) -> Rewind | None:
         """The last rewind of a run; None where there was none. Raises ConfigError for a file that cannot be read."""
         try:
@@ -150,8 +155,8 @@ def _look(config: RunConfig, data: ShardSet) -> Start:
     _check_mirror(config)
     taken, taken_step = _read_taken(run)
     if resume.mode == "never" and not _is_restarted():
-        for record in (TAKEN, REWIND):
-            (run / record).unlink(missing_ok=True)
+        Rewind.forget(run)
+        (run / TAKEN).unlink(missing_ok=True)
         if aside := runs.set_aside(run):
             print(f"resume.mode is never: beginning at step 0; what {run} had so far is in {aside}")
         return Start()
@@ -169,6 +174,8 @@ def _look(config: RunConfig, data: ShardSet) -> Start:
                 f"0 with --resume.mode never, which moves them aside"
             )
         start = Start() if newest is None else _check(config, data, newest, rewind)
+        if rewind and rewind.step > start.step:  # its checkpoint is gone: what comes now was never rewound
+            Rewind.forget(run)
         (run / TAKEN).unlink(missing_ok=True)
         return start
 
@@ -184,7 +191,7 @@ def _look(config: RunConfig, data: ShardSet) -> Start:
         )
     start = _check(config, data, chosen)
     if taken != str(chosen):
-        (run / REWIND).unlink(missing_ok=True)  # it was of steps that are made anew
+        Rewind.forget(run)  # it was of steps that are made anew
         is_own = _is_own(config, chosen)
         if aside := runs.set_aside(run, start.step if is_own else None):
             print(f"resume.from {resume.from_}: what {run} had {'after it' if is_own else 'so far'} is in {aside}")

@@ -22,11 +22,17 @@ from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.stream import StepLoader, TokenStream
 from gpt2_hf.knobs import ConfigError
 from gpt2_hf.runs import read_rows
+from gpt2_hf.training import checkpoint, rewind
 from gpt2_hf.training import loop as training
-from gpt2_hf.training import rewind
 from gpt2_hf.training.loop import train, train_step
 from gpt2_hf.training.metrics import RunLog
 from gpt2_hf.training.watch import ENOUGH, PAST, SCALER_SKIPS, Diverged, Watch
+
+
+@pytest.fixture(autouse=True)
+def quick_to_save(monkeypatch):
+    """Checkpoints without a tokenizer, which takes longer to write than all these runs to train."""
+    monkeypatch.setattr(checkpoint, "save_tokenizer", lambda *_: None, raising=False)
 
 
 def nan_gradient(model, optimizers):
@@ -134,6 +140,7 @@ from gpt2_hf.config import RunConfig
 from gpt2_hf.model import modeling_gpt
 from gpt2_hf.program import program
 from gpt2_hf.runs import read_rows
+from gpt2_hf.training import checkpoint, rewind
 from gpt2_hf.training import loop as training
 
 is_harmed = os.environ["RANK"] == "1"
@@ -180,17 +187,18 @@ program(lambda: training.train(parse_cli(RunConfig)))()
     assert (rows[1]["rewound_from"], rows[1]["data_offset"]) == (8, 64) and len(losses(rows)) == 4
 
 
-@pytest.mark.parametrize("moment", ["discard_untrusted", "go_back"])
-def test_a_kill_in_a_rewind_comes_to_the_same_point(data, tmp_path, monkeypatch, moment):
-    """With checkpoints of the time when the loss was rising already, which must not be gone on from either."""
+def test_a_kill_in_a_rewind_comes_to_the_same_point(data, tmp_path, monkeypatch):
+    """With a checkpoint of the time when the loss was rising already, which must not be gone on from either."""
 
     def begin(name: str) -> RunConfig:
-        config = flat(data, tmp_path / name)
         Harm(monkeypatch, worse_weights, {23})
-        return config
+        return flat(data, tmp_path / name)
 
-    monkeypatch.setattr(Watch, "try_weights", lambda *_: True)
-    straight = run(begin("straight"))
+    def unharmed(name: str) -> list[dict]:
+        Harm(monkeypatch, worse_weights, ())
+        rows = run(flat(data, tmp_path / name))
+        timed = {"tokens_per_sec", "mfu", "peak_memory"}
+        return [{k: v for k, v in row.items() if k not in timed} for row in rows]
 
     class Killed(BaseException):
         pass
@@ -198,19 +206,20 @@ def test_a_kill_in_a_rewind_comes_to_the_same_point(data, tmp_path, monkeypatch,
     def kill(*_):
         raise Killed
 
-    killed = begin("killed")
-    with monkeypatch.context() as patch:
-        patch.setattr(rewind if moment == "discard_untrusted" else RunLog, moment, kill)
-        with pytest.raises(Killed):
-            train(killed)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert ("step-00000024" in folders(tmp_path / "killed")) == (moment == "discard_untrusted")
-    Harm(monkeypatch, worse_weights, ())
-    timed = {"tokens_per_sec", "mfu", "peak_memory"}
-    strip = [[{k: v for k, v in row.items() if k not in timed} for row in rows] for rows in (straight, run(killed))]
-    assert strip[0] == strip[1] and any("rewound_from" in row for row in strip[0])
-    assert same_weights(tmp_path / "straight", tmp_path / "killed")
-    assert folders(tmp_path / "straight") == folders(tmp_path / "killed")
+    monkeypatch.setattr(Watch, "try_weights", lambda *_: True)  # so that 24 is saved
+    found = {}
+    for place, moment in ((rewind, "discard_untrusted"), (RunLog, "go_back")):
+        config = begin(moment)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(place, moment, kill)
+            train(config)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        assert ("step-00000024" in folders(tmp_path / moment)) == (moment == "discard_untrusted")
+        found[moment] = unharmed(moment)
+        assert [row["data_offset"] for row in found[moment] if "rewound_from" in row] == [13 * 16]
+        assert folders(tmp_path / moment) == ["step-00000024", "step-00000030"]
+        assert found[moment] == found["discard_untrusted"]
+        assert same_weights(tmp_path / moment, tmp_path / "discard_untrusted")
 
 
 def test_a_run_that_diverges_again_and_again_stops_and_can_be_told_to_go_on(data, tmp_path, monkeypatch):
@@ -265,6 +274,19 @@ def test_a_record_that_cannot_be_read_is_named(data, tmp_path):
         with pytest.raises(ConfigError, match=r"rewind\.json cannot be read .*put it back, or delete it"):
             train(with_steps(config, 4))
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_record_of_what_is_gone_is_forgotten(data, tmp_path):
+    """The run is begun anew where it had once gone back to step 4; its checkpoints are not those of that time."""
+    config = tiny(data, tmp_path / "run", train__steps=6, checkpoint__save_every=3)
+    (tmp_path / "run").mkdir()
+    record = tmp_path / "run" / "rewind.json"
+    record.write_text(json.dumps({"step": 4, "rewound_from": 8, "data_offset": 64, "times": 1}))
+    run(config)
+    assert not record.exists() and folders(tmp_path / "run") == ["step-00000003", "step-00000006"]
+    record.write_text(json.dumps({"step": 7, "rewound_from": 8, "data_offset": 64, "times": 1}))
+    run(with_steps(config, 7))
+    assert not record.exists() and "step-00000006" in folders(tmp_path / "run")
 
 
 def test_the_loader_reads_from_its_offset(data):
