@@ -134,6 +134,7 @@ class TrainSection(Knobs):
         gradient_checkpointing: recompute activations in the backward pass: less memory, about a third slower.
         overfit_batch: train on the first batch only, for debugging: the loss must go to zero.
         log_every: steps between rows of training metrics.
+        timeout_s: seconds that training may stand still, or a process be waited for, before the run ends with an error.
         trackers: any of tensorboard, wandb, trackio, through Accelerate.
         check_kernels: before the first step, compare loss and gradients of the fast kernels with plain ones, and take
             others where they differ.
@@ -157,6 +158,7 @@ class TrainSection(Knobs):
     gradient_checkpointing: bool = False
     overfit_batch: bool = False
     log_every: Count = 10
+    timeout_s: Annotated[float, Range(1)] = 600.0
     trackers: list[str] = field(default_factory=list)
     check_kernels: bool = True
     max_bad_steps: Count = 10

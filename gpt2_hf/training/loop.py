@@ -25,6 +25,7 @@ from ..data.documents import DocumentMask
 from .build import Parts, build
 from .checkpoint import save, save_final
 from .distributed import clip, exchange
+from .heart import collective_timeout
 from .metrics import is_due, peak_memory_gb
 from .mirror import mirroring
 from .optim import lr_at, set_lr, step_optimizers
@@ -33,7 +34,7 @@ from .rewind import rewind
 from .run_folder import RunFolder
 from .start import find_start, is_finished, load_steps, open_data
 from .stop import GONE, Stop, Stopping
-from .watch import Diverged, advice_on_disk, advice_on_memory, advice_on_peers
+from .watch import Diverged, advice_on_disk, advice_on_memory
 
 
 def train(config: RunConfig) -> Path:
@@ -48,13 +49,16 @@ def train(config: RunConfig) -> Path:
     """
     check_environment()
     check_launcher()
-    state = PartialState(cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"))
+    state = PartialState(
+        cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"),
+        timeout=collective_timeout(config.train.timeout_s),
+    )
     check_run(config, state)
     with (
         RunFolder(Path(config.train.run_dir), state) as folder,
-        Stop(folder, state) as stop,
+        Stop(folder, state, config.train.timeout_s) as stop,
         advice_on_disk(folder),
-        advice_on_peers(),
+        stop.heart.advice_on_peers(),
     ):
         data = open_data(config)
         start = find_start(config, data.train, state)

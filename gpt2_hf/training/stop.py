@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -27,9 +27,10 @@ from typing import Any, NoReturn, Self
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from ..files import whole_file
+from ..program import say
+from .heart import Heart, Worker, collective_timeout, describe
 from .run_folder import FolderGone, RunFolder, agree
 
 # Seconds after a signal in which a safe point must come, or the process ends without it.
@@ -63,11 +64,14 @@ class Stop:
     """Hears signals for the run in ``folder``, from entering to leaving; every rank has one.
 
     A handler that the caller has set stays. Outside the main thread, where no handler can be set, nothing is heard.
+
+    Args:
+        timeout_s: how long training may stand still before the ``heart`` ends it.
     """
 
-    def __init__(self, folder: RunFolder, state: PartialState):
-        self.folder, self.state = folder, state
-        self.n_passed = 0  # safe points
+    def __init__(self, folder: RunFolder, state: PartialState, timeout_s: float):
+        self.folder, self.state, self.timeout_s = folder, state, timeout_s
+        self.heart = Heart(folder, state, timeout_s)
         self._heard = 0  # the signal's number
         self._is_safe = False  # what is done is being saved, however long that takes
         self._group: dist.ProcessGroup | None = None
@@ -77,14 +81,14 @@ class Stop:
     def __enter__(self) -> Self:
         agree(self.state, self._clear)
         if self.state.num_processes > 1:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=collective_timeout(self.timeout_s))
         workers = self.folder.path / WORKERS
         self._worker = workers / f"{socket.gethostname()}.{self.state.process_index}"
         with suppress(OSError):  # another machine may not see the folder
             workers.mkdir(exist_ok=True)
             self._worker.write_text(f"{os.getpid()}\n")
-        everyone = gather_object([(socket.gethostname(), os.getpid())])
-        self.state.print(describe(everyone))
+        self.state.print(describe(self.heart.workers))
+        self.heart.start()
         self._listen()
         return self
 
@@ -97,6 +101,7 @@ class Stop:
             signal.set_wakeup_fd(self._wakeup_before)
             os.close(self._writer)
         self._asked = self._group = None
+        self.heart.stop()
         with suppress(OSError):
             self._worker.unlink()
             self._worker.parent.rmdir()  # when it is empty
@@ -107,7 +112,7 @@ class Stop:
         Raises:
             Stopping: on all ranks, or on none.
         """
-        self.n_passed += 1
+        self.heart.moved()
         if agreed := self._agreed():
             self._is_safe = True
             raise Stopping(agreed)
@@ -208,11 +213,14 @@ class Stop:
         """Take note of signals, and end the process where none can be obeyed."""
         deadline = None
         while True:
-            patience = None if deadline is None else max(0.0, deadline - time.monotonic())
+            patience = None if deadline is None else max(0.0, min(1.0, deadline - time.monotonic()))
             if not select.select([reader], [], [], patience)[0]:
-                if not self._is_safe:
+                if self._is_safe:
+                    deadline = None
+                elif ended := self.heart.ended():
+                    self._end_with(ended)
+                elif deadline is not None and time.monotonic() >= deadline:
                     self._end_now(self._heard)
-                deadline = None
                 continue
             numbers = os.read(reader, 64)
             if not numbers:
@@ -250,6 +258,14 @@ class Stop:
         what = f"saving step {self.folder.step}, or the one that is being made" if self._unsaved() else "stopping"
         print(f"\n{what}; press again to end at once (then {lost} is lost)", file=sys.stderr, flush=True)
 
+    def _end_with(self, ended: Sequence[Worker]) -> NoReturn:
+        """End the process, which the launcher asks of it because others have ended."""
+        try:
+            names = " and ".join(map(str, ended))
+            say(f"error: {names} ended, and so must this process{self.folder.way_on()}")
+        finally:
+            os._exit(1)
+
     def _end_now(self, number: int) -> NoReturn:
         """End the process from this thread: what is half written has a temporary name, and is removed later."""
         try:
@@ -275,13 +291,6 @@ def _deaf_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_deaf_child)
-
-
-def describe(workers: list[tuple[str, int]]) -> str:
-    """One line with the processes of a run, by rank, to be signalled: (host, number) of each."""
-    hosts = dict.fromkeys(host for host, _ in workers)
-    by_host = (f"{host} " + ", ".join(str(pid) for name, pid in workers if name == host) for host in hosts)
-    return f"{'process' if len(workers) == 1 else 'processes by rank'}: {'; '.join(by_host)}"
 
 
 def read_marker(run: Path) -> dict[str, Any] | None:

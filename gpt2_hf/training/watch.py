@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import math
 import re
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,7 @@ from ..config import RunConfig
 from ..data.documents import DocumentMask
 from ..knobs import ConfigError
 from ..model import GPTForCausalLM
-from ..program import PATIENCE, UserError
+from ..program import UserError
 from .distributed import local
 from .run_folder import RunFolder
 
@@ -235,18 +234,6 @@ def advice_on_memory(config: RunConfig, world_size: int) -> Iterator[None]:
             else "micro_batch_size is 1 already: try --train.gradient_checkpointing true, or a shorter data.seq_len"
         )
         raise ConfigError(f"out of memory with micro_batch_size {size}; {advice}") from error
-
-
-@contextmanager
-def advice_on_peers() -> Iterator[None]:
-    """Let the process speak first that met an error, where this one only lost its connection to it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.distributed.DistError) and "by peer" not in str(error):
-            raise
-        time.sleep(3 * PATIENCE)  # in which the launcher should end this process too
-        raise UserError("another process of this run ended, and so must this one; its own message says why") from error
 
 
 @contextmanager

@@ -197,6 +197,7 @@ OUTSIDE = {
     "train.run_dir",
     "train.tf32",
     "train.deterministic",
+    "train.timeout_s",
     "train.trackers",
     "train.check_kernels",
     "train.max_bad_steps",

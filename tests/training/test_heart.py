@@ -1,0 +1,64 @@
+"""Several processes, one of which dies or hangs: the others end soon, and say which it was."""
+
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_stop import wait_for, without_times
+from test_train import TORCHRUN, finish, launch, tiny
+from test_train import clean_state as clean_state
+from test_train import data as data
+
+from gpt2_hf.runs import read_rows
+from gpt2_hf.training.stop import WORKERS
+
+TWO = (*TORCHRUN, "--nproc_per_node", "2")
+
+
+def pid_of(rank: int, run_dir: Path) -> int:
+    (path,) = (run_dir / WORKERS).glob(f"*.{rank}")
+    return int(path.read_text())
+
+
+def ended(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode != 0
+    return output
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_others_name_a_rank_that_died(data, tmp_path, rank):
+    config = tiny(data, tmp_path / "run", train__steps=100_000, train__micro_batch_size=4)
+    process = launch(config, tmp_path, *TWO)
+    wait_for(tmp_path / "run" / "metrics.jsonl", 5, process)
+    dead = pid_of(rank, tmp_path / "run")
+    os.kill(dead, signal.SIGKILL)
+    assert re.search(rf"error: rank {rank} \(\S+, process {dead}\) ended, and so must this process", ended(process))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_others_name_a_rank_that_hangs(data, tmp_path, rank):
+    config = tiny(data, tmp_path / "run", train__steps=100_000, train__micro_batch_size=4, train__timeout_s=5)
+    process = launch(config, tmp_path, *TWO)
+    wait_for(tmp_path / "run" / "metrics.jsonl", 5, process)
+    stuck = pid_of(rank, tmp_path / "run")
+    os.kill(stuck, signal.SIGSTOP)
+    words = (
+        rf"stood still for \d+ s, .*: rank {rank} \(\S+, process {stuck}\) gives no sign of life, having passed \d+; "
+    )
+    assert re.search(words, ended(process))
+
+
+def test_a_launcher_that_restarts_brings_the_run_back(data, tmp_path):
+    changes = {"train__steps": 30, "train__micro_batch_size": 4, "checkpoint__save_every": 5}
+    finish(launch(tiny(data, tmp_path / "straight", **changes), tmp_path, *TWO))
+    process = launch(tiny(data, tmp_path / "run", **changes), tmp_path, *TWO, "--max-restarts", "2")
+    wait_for(tmp_path / "run" / "metrics.jsonl", 7, process)
+    os.kill(pid_of(1, tmp_path / "run"), signal.SIGKILL)
+    assert "resuming from" in finish(process)
+    straight, restarted = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("straight", "run"))
+    assert without_times(straight) == without_times(restarted)
