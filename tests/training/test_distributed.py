@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -187,3 +188,37 @@ def test_large_models_are_written_in_several_files_that_stock_reads(data, tmp_pa
     assert runs.damage(final) is None and runs.final_problem(tmp_path / "run", None) is None
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
     assert losses(run(config)) == straight
+
+
+SHARES = """
+import json
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from gpt2_hf.model import GPTConfig, GPTForCausalLM
+from gpt2_hf.training import distributed
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+class Accelerator:
+    prepare_model = staticmethod(lambda model, evaluation_mode: model)
+with torch.device("meta"):
+    model = GPTForCausalLM(GPTConfig.preset("gpt2-xl"))
+n = model.num_parameters()
+blocks = sum(p.numel() for p in model.transformer.h.parameters())
+distributed.distribute(model, Accelerator, init_device_mesh("cpu", (8,)), torch.bfloat16)
+mine = sum(distributed.local(p).numel() for p in model.parameters())
+print(json.dumps({"all": n, "blocks": blocks, "mine": mine}))
+"""
+
+
+def test_shares_of_the_largest_model_are_an_eighth_on_each_of_eight_ranks(tmp_path):
+    """On meta tensors, among ranks that are none; docs/operations.md has what it makes in GB."""
+    script = tmp_path / "shares.py"
+    script.write_text(SHARES)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    output = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    count = json.loads(output)
+    assert count["all"] == 1_557_611_200 and count["blocks"] == 1_475_558_400
+    assert count["all"] / 8 <= count["mine"] < 1.0001 * count["all"] / 8  # 50257 rows are no multiple of 8
