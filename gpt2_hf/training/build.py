@@ -33,6 +33,7 @@ from ..model.loss import LossKernels
 from ..model.versions import check_first_step
 from . import checkpoint
 from .distributed import Host, distribute, hide_shards_from_accelerate, sharding_mesh
+from .heart import collective_timeout
 from .kernels import KernelCheck
 from .measures import Measures, build_document_mask
 from .metrics import RunLog, Throughput, flops_per_token
@@ -81,7 +82,7 @@ def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state:
     """Make the parts in the order in which they need each other, with the state of ``start`` in them."""
     transformers.utils.logging.disable_progress_bar()  # bars for saving and loading would break ours
     precision = set_precision(config, state.device)
-    host, mesh = Host(state), sharding_mesh(state)
+    host, mesh = Host(state, collective_timeout(config.train.timeout_s)), sharding_mesh(state)
     if mesh is not None and precision == "fp16":
         raise ConfigError("train.precision fp16 needs the whole model on each GPU: leave FSDP out, or use bf16 or fp32")
     accelerator = build_accelerator(config, precision)

@@ -112,6 +112,7 @@ class Saver:
         self._host, self._model, self._optimizers, self._tokenizer = host, model, optimizers, tokenizer
         self._warn = warn
         self._pinned: dict[str, Tensor] = {}  # name -> host memory that a GPU copies to, got once
+        self._settings: dict[str, bytes] = {}  # the files beside the weights, once they were written
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
@@ -227,6 +228,16 @@ class Saver:
                     self._warn(f"{place} could not be written ({error.strerror or error})")
             raise error from None
 
+    def _write_settings(self, folder: Path, files: Mapping[str, Sequence[str]]) -> list[str]:
+        """What a stock gpt2 folder has beside its weights: the same each time, and a tokenizer is long to put in text."""
+        if not self._settings:
+            names = write_settings(folder, self._model, self._tokenizer, files)
+            self._settings = {name: (folder / name).read_bytes() for name in names}
+        else:
+            for name, content in self._settings.items():
+                (folder / name).write_bytes(content)
+        return list(self._settings)
+
     def _write_share(
         self, folder: Path, files: Mapping[str, Sequence[str]], weights: Mapping[str, dict[str, Tensor]]
     ) -> dict[str, dict[str, Any]] | Exception:
@@ -240,7 +251,7 @@ class Saver:
                 *(f"{TRAINER_STATE}/{path.name}" for path in (folder / TRAINER_STATE).glob(f"__{rank}_*")),
             ]
             if rank == 0:
-                mine += write_settings(folder, self._model, self._tokenizer, files)
+                mine += self._write_settings(folder, files)
                 if (folder / TRAINER_STATE).is_dir():
                     mine += [f"{TRAINER_STATE}/.metadata", STATE]
             return describe_files(folder, mine)

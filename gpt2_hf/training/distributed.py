@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -40,9 +41,9 @@ class Host:
     With one process each call returns at once.
     """
 
-    def __init__(self, state: PartialState):
+    def __init__(self, state: PartialState, timeout: timedelta | None = None):
         self.rank, self.world_size = state.process_index, state.num_processes
-        self.group = dist.new_group(backend="gloo") if self.world_size > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if self.world_size > 1 else None
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, by rank."""
