@@ -72,10 +72,10 @@ def fail(error: BaseException | str) -> NoReturn:
     raise SystemExit(2) from None
 
 
-def say(line: str) -> None:
+def say(line: str, patience: float = PATIENCE) -> None:
     """A line on stderr. A rank other than the first waits, so that what all have met is said once."""
     if (rank := _rank()) != "0":
-        time.sleep(PATIENCE)
+        time.sleep(patience)
         line = f"[rank {rank}] {line}"
     print(line, file=sys.stderr, flush=True)
 
