@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -68,8 +70,18 @@ def print_any_character() -> None:
 
 def fail(error: BaseException | str) -> NoReturn:
     """One line on stderr, and exit status 2."""
-    say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+    line = " ".join(str(error).split()) or type(error).__name__
+    tell_launcher(line)
+    say(f"error: {line}")
     raise SystemExit(2) from None
+
+
+def tell_launcher(line: str) -> None:
+    """Leave an error where torchrun looks for it: the report that it adds to ours then ends with the same line."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+        with suppress(OSError), open(file, "w") as report:
+            json.dump({"message": message}, report)
 
 
 def say(line: str, patience: float = PATIENCE) -> None:

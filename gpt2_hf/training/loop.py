@@ -28,7 +28,7 @@ from .distributed import clip, exchange
 from .heart import meet
 from .metrics import is_due, peak_memory_gb
 from .optim import lr_at, set_lr, step_optimizers
-from .preflight import check_environment, check_launcher, check_run
+from .preflight import check_devices, check_environment, check_launcher, check_run
 from .rewind import rewind
 from .run_folder import RunFolder
 from .start import find_start, is_finished, load_steps, open_data
@@ -48,6 +48,7 @@ def train(config: RunConfig) -> Path:
     """
     check_environment()
     check_launcher()
+    check_devices(torch.cuda.device_count())
     state = meet(os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"), config.train.timeout_s)
     check_run(config, state)
     with (
