@@ -25,8 +25,9 @@ EXPECTED = (UserError, argparse.ArgumentError, FloatingPointError, ImportError, 
 # What starts training processes, by the name of the script or module.
 LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 
-# Seconds for the launcher to end this process, where the rank that speaks first has met the same error.
-PATIENCE = 5.0
+# Seconds for the launcher to end this process, where the rank that speaks first has met the same error. (Accelerate's
+# looks every five.)
+PATIENCE = 8.0
 
 
 def program(main: Callable[[], None]) -> Callable[[], None]:
