@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,8 +25,9 @@ EXPECTED = (UserError, argparse.ArgumentError, FloatingPointError, ImportError, 
 # What starts training processes, by the name of the script or module.
 LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
 
-# Seconds for the launcher to end this process, where the rank that speaks first has met the same error.
-PATIENCE = 5.0
+# Seconds for the launcher to end this process, where the rank that speaks first has met the same error. (Accelerate's
+# looks every five.)
+PATIENCE = 8.0
 
 
 def program(main: Callable[[], None]) -> Callable[[], None]:
@@ -68,14 +71,24 @@ def print_any_character() -> None:
 
 def fail(error: BaseException | str) -> NoReturn:
     """One line on stderr, and exit status 2."""
-    say(f"error: {' '.join(str(error).split()) or type(error).__name__}")
+    line = " ".join(str(error).split()) or type(error).__name__
+    tell_launcher(line)
+    say(f"error: {line}")
     raise SystemExit(2) from None
 
 
-def say(line: str) -> None:
+def tell_launcher(line: str) -> None:
+    """Leave an error where torchrun looks for it: the report that it adds to ours then ends with the same line."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+        with suppress(OSError), open(file, "w") as report:
+            json.dump({"message": message}, report)
+
+
+def say(line: str, patience: float = PATIENCE) -> None:
     """A line on stderr. A rank other than the first waits, so that what all have met is said once."""
     if (rank := _rank()) != "0":
-        time.sleep(PATIENCE)
+        time.sleep(patience)
         line = f"[rank {rank}] {line}"
     print(line, file=sys.stderr, flush=True)
 

@@ -229,7 +229,7 @@ class Saver:
             raise error from None
 
     def _write_settings(self, folder: Path, files: Mapping[str, Sequence[str]]) -> list[str]:
-        """What a stock gpt2 folder has beside its weights: the same each time, and a tokenizer is long to put in text."""
+        """A stock gpt2 folder's other files: the same each time, and a tokenizer is long to put in text."""
         if not self._settings:
             names = write_settings(folder, self._model, self._tokenizer, files)
             self._settings = {name: (folder / name).read_bytes() for name in names}

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from ..program import PATIENCE, UserError, say
+from ..program import PATIENCE, say
 from .run_folder import RunFolder
 
 BEAT = 2.0  # seconds
@@ -106,6 +106,15 @@ class Heart:
         """The other processes of this machine that are no more."""
         return [worker for worker in self.workers if worker != self.me and worker.has_ended(self.me)]
 
+    def end_with(self, verdict: str) -> None:
+        """Say, if no lower rank can, why this process ends; at once, as the launcher is about to end it too."""
+        ended = self.ended()
+        if self.me == next(worker for worker in self.workers if worker not in ended):
+            line = (
+                f"error: {verdict}, and so must this process{self.folder.way_on()}; its own message, if any, says why"
+            )
+            say(line, patience=0)
+
     def verdict(self) -> str:
         """Who keeps the others waiting; takes some seconds."""
         if ended := self.ended():
@@ -138,7 +147,8 @@ class Heart:
             deadline = time.monotonic() + 3 * PATIENCE
             while not self.ended() and time.monotonic() < deadline:  # what it met, it says first
                 time.sleep(0.2)
-            raise UserError(f"{self.verdict()}, and so must this process; its own message, if any, says why") from error
+            self.end_with(self.verdict())
+            raise SystemExit(1) from None
 
     def _beat(self) -> None:
         beats = 0
@@ -192,6 +202,23 @@ class Heart:
 
 # What the libraries say where a connection is gone, or nothing came over it.
 LOST = ("by peer", "Timed out waiting", "timed out")
+
+
+def meet(cpu: bool, timeout_s: float) -> PartialState:
+    """Find the other processes that the launcher has started."""
+    timeout = collective_timeout(timeout_s)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt != "0" and os.environ.get("GROUP_WORLD_SIZE") == "1" and not dist.is_initialized():
+        # torchrun's store still has the addresses that the processes before had; who is fast would take them for new.
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
+        dist.init_process_group(
+            "gloo" if cpu else "nccl",
+            store=dist.PrefixStore(f"attempt/{attempt}", store),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+        )
+    return PartialState(cpu=cpu, timeout=timeout)
 
 
 def collective_timeout(timeout_s: float) -> timedelta:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,11 +25,11 @@ from ..data.documents import DocumentMask
 from .build import Parts, build
 from .checkpoint import save, save_final
 from .distributed import clip, exchange
-from .heart import collective_timeout
+from .heart import meet
 from .metrics import is_due, peak_memory_gb
 from .mirror import mirroring
 from .optim import lr_at, set_lr, step_optimizers
-from .preflight import check_environment, check_launcher, check_run
+from .preflight import check_devices, check_environment, check_launcher, check_run
 from .rewind import rewind
 from .run_folder import RunFolder
 from .start import find_start, is_finished, load_steps, open_data
@@ -49,10 +49,8 @@ def train(config: RunConfig) -> Path:
     """
     check_environment()
     check_launcher()
-    state = PartialState(
-        cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"),
-        timeout=collective_timeout(config.train.timeout_s),
-    )
+    check_devices(torch.cuda.device_count())
+    state = meet(os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"), config.train.timeout_s)
     check_run(config, state)
     with (
         RunFolder(Path(config.train.run_dir), state) as folder,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -66,10 +67,31 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
                 f"the launcher asks for {engine} ({variable}), and training here is data parallel only; start with "
                 f"--config_file accelerate_configs/ddp.yaml, or unset {variable}"
             )
+    if wants_shards(environment) and environment.get("FSDP_VERSION", "2") != "2":
+        raise ConfigError(
+            "the launcher asks for FSDP's version 1 (FSDP_VERSION), and training here shards by version 2; start with "
+            "--config_file accelerate_configs/fsdp2.yaml, or set FSDP_VERSION=2"
+        )
     if environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
         raise ConfigError(
             "ACCELERATE_GRADIENT_ACCUMULATION_STEPS is set in the environment; unset it: accumulation follows from "
             "train.global_batch_tokens"
+        )
+
+
+def check_devices(n_gpus: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse more processes on this machine than it has GPUs. Raises ConfigError."""
+    n_processes = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if n_processes > max(1, n_gpus) and not on_cpu:
+        found = f"{n_gpus} CUDA device{'s' * (n_gpus != 1)}" if n_gpus else "no CUDA device"
+        way = (
+            f"--num_processes {n_gpus}"
+            if n_gpus > 1
+            else f"accelerate_configs/{'single_gpu' if n_gpus else 'cpu'}.yaml"
+        )
+        raise ConfigError(
+            f"the launcher started {n_processes} processes on {socket.gethostname()}, which has {found}: use {way}"
         )
 
 

@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +29,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from ..files import whole_file
-from ..program import say
-from .heart import Heart, Worker, collective_timeout, describe
+from .heart import Heart, collective_timeout, describe
 from .run_folder import FolderGone, RunFolder, agree
 
 # Seconds after a signal in which a safe point must come, or the process ends without it.
@@ -217,8 +216,8 @@ class Stop:
             if not select.select([reader], [], [], patience)[0]:
                 if self._is_safe:
                     deadline = None
-                elif ended := self.heart.ended():
-                    self._end_with(ended)
+                elif self.heart.ended():
+                    self._end_with_others()
                 elif deadline is not None and time.monotonic() >= deadline:
                     self._end_now(self._heard)
                 continue
@@ -258,11 +257,10 @@ class Stop:
         what = f"saving step {self.folder.step}, or the one that is being made" if self._unsaved() else "stopping"
         print(f"\n{what}; press again to end at once (then {lost} is lost)", file=sys.stderr, flush=True)
 
-    def _end_with(self, ended: Sequence[Worker]) -> NoReturn:
+    def _end_with_others(self) -> NoReturn:
         """End the process, which the launcher asks of it because others have ended."""
         try:
-            names = " and ".join(map(str, ended))
-            say(f"error: {names} ended, and so must this process{self.folder.way_on()}")
+            self.heart.end_with(self.heart.verdict())
         finally:
             os._exit(1)
 

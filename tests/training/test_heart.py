@@ -36,7 +36,8 @@ def test_the_others_name_a_rank_that_died(data, tmp_path, rank):
     wait_for(tmp_path / "run" / "metrics.jsonl", 5, process)
     dead = pid_of(rank, tmp_path / "run")
     os.kill(dead, signal.SIGKILL)
-    assert re.search(rf"error: rank {rank} \(\S+, process {dead}\) ended, and so must this process", ended(process))
+    output = ended(process)
+    assert re.search(rf"error: rank {rank} \(\S+, process {dead}\) ended, and so must this process", output), output
 
 
 @pytest.mark.slow
@@ -47,17 +48,15 @@ def test_the_others_name_a_rank_that_hangs(data, tmp_path, rank):
     wait_for(tmp_path / "run" / "metrics.jsonl", 5, process)
     stuck = pid_of(rank, tmp_path / "run")
     os.kill(stuck, signal.SIGSTOP)
-    words = (
-        rf"stood still for \d+ s, .*: rank {rank} \(\S+, process {stuck}\) gives no sign of life, having passed \d+; "
-    )
+    words = rf"stood still for \d+ s, .*: rank {rank} \(\S+, process {stuck}\) gives no sign of life, having"
     assert re.search(words, ended(process))
 
 
 def test_a_launcher_that_restarts_brings_the_run_back(data, tmp_path):
-    changes = {"train__steps": 30, "train__micro_batch_size": 4, "checkpoint__save_every": 5}
+    changes = {"train__steps": 60, "train__micro_batch_size": 4, "checkpoint__save_every": 5}
     finish(launch(tiny(data, tmp_path / "straight", **changes), tmp_path, *TWO))
     process = launch(tiny(data, tmp_path / "run", **changes), tmp_path, *TWO, "--max-restarts", "2")
-    wait_for(tmp_path / "run" / "metrics.jsonl", 7, process)
+    wait_for(tmp_path / "run" / "metrics.jsonl", 12, process)  # when the checkpoint of step 5 is whole
     os.kill(pid_of(1, tmp_path / "run"), signal.SIGKILL)
     assert "resuming from" in finish(process)
     straight, restarted = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("straight", "run"))

@@ -6,7 +6,15 @@ import torch
 from gpt2_hf.config import EvalSection, ModelSection, OptimSection, RunConfig, TrainSection
 from gpt2_hf.knobs import ConfigError
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
-from gpt2_hf.training.preflight import check_attention, check_environment, check_memory, check_prompt, memory_of
+from gpt2_hf.training.preflight import (
+    check_attention,
+    check_devices,
+    check_environment,
+    check_launcher,
+    check_memory,
+    check_prompt,
+    memory_of,
+)
 
 GB = 10**9
 
@@ -86,3 +94,17 @@ def test_an_environment_as_launchers_make_it_passes(monkeypatch):
     for name, value in (launcher | ours).items():
         monkeypatch.setenv(name, value)
     check_environment()
+
+
+def test_a_launcher_that_does_not_fit_the_machine_is_refused():
+    eight = {"LOCAL_WORLD_SIZE": "8"}
+    check_devices(8, eight)
+    check_devices(0, {})
+    check_devices(0, eight | {"ACCELERATE_USE_CPU": "true"})
+    with pytest.raises(ConfigError, match=r"started 8 processes on \S+, which has no CUDA device: use .*cpu\.yaml"):
+        check_devices(0, eight)
+    with pytest.raises(ConfigError, match=r"which has 2 CUDA devices: use --num_processes 2"):
+        check_devices(2, eight)
+    check_launcher({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
+    with pytest.raises(ConfigError, match=r"FSDP's version 1 .*set FSDP_VERSION=2"):
+        check_launcher({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"})

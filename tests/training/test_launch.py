@@ -1,0 +1,131 @@
+"""What ships to launch a run with: each configuration, and the batch script with a Slurm that is none."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from test_stop import wait_for, without_times
+from test_train import ROOT, TORCHRUN, finish, launch, losses, run, tiny
+from test_train import clean_state as clean_state
+from test_train import data as data
+
+from gpt2_hf.data.tokenizer import load_tokenizer
+from gpt2_hf.evaluation.hellaswag import HellaSwag, load_hellaswag
+from gpt2_hf.runs import read_rows
+from gpt2_hf.training.distributed import group_sizes, wants_shards
+from gpt2_hf.training.preflight import check_launcher
+from gpt2_hf.training.stop import WORKERS, read_marker
+
+CONFIGS = ROOT / "accelerate_configs"
+
+# Each task in its own process, as Slurm starts them, with Slurm's variables.
+SRUN = """#!/bin/bash
+for i in 0 1; do SLURM_PROCID=$i SLURM_LOCALID=$i "$@" & pids="$pids $!"; done
+worst=0
+for pid in $pids; do wait $pid; status=$?; [ $status -gt $worst ] && worst=$status; done
+exit $worst
+"""
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then echo localhost; else echo "$@" >> "$REQUEUED"; fi
+"""
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_configuration_says_what_it_is_named_for(path, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "scripts/pretrain.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    several = arguments.multi_gpu or arguments.use_fsdp
+    environment = prepare_multi_gpu_env(arguments) if several else {}
+    check_launcher(environment)
+    assert wants_shards(environment) == (path.stem in ("fsdp2", "hsdp"))
+    assert group_sizes(16, environment) == ((2, 8) if path.stem == "hsdp" else (1, 16))
+    assert (arguments.num_machines, arguments.num_processes) == {
+        "cpu": (1, 1), "single_gpu": (1, 1), "ddp": (1, 8), "fsdp2": (1, 8), "hsdp": (2, 16), "multi_node": (2, 16),
+    }[path.stem]  # fmt: skip
+    assert arguments.use_cpu == (path.stem == "cpu")
+
+
+@pytest.mark.slow
+def test_a_preempted_job_goes_back_to_the_queue_and_loses_nothing(data, tmp_path):
+    changes = {"train__steps": 60, "train__micro_batch_size": 4, "checkpoint__save_every": 0, "eval__val_every": 20}
+    finish(launch(tiny(data, tmp_path / "straight", **changes), tmp_path, *TORCHRUN, "--nproc_per_node", "2"))
+
+    run_dir, recipe, requeued = tmp_path / "run", tmp_path / "recipe.yaml", tmp_path / "requeued"
+    recipe.write_text(tiny(data, run_dir, **changes).to_yaml())
+    for name, text in (
+        ("srun", SRUN),
+        ("scontrol", SCONTROL),
+        ("python", f'#!/bin/bash\nexec {sys.executable} "$@"\n'),
+    ):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(stat.S_IRWXU)
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "here", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "2"}
+    machine = {"ACCELERATE_USE_CPU": "true", "REQUEUED": str(requeued), "RUN": str(run_dir), "SLURM_CPUS_PER_TASK": "1"}
+    environment = os.environ | job | machine | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    environment |= {"PYTHONPATH": str(ROOT)}
+    command = ["bash", str(CONFIGS / "slurm" / "pretrain.sbatch"), "--config", str(recipe)]
+
+    for start, step in ((1, 10), (2, 30), (3, None)):
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        if step is not None:
+            wait_for(run_dir / "metrics.jsonl", step, process)
+            for worker in (run_dir / WORKERS).iterdir():
+                os.kill(int(worker.read_text()), signal.SIGUSR1)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        asked = read_marker(run_dir)
+        assert (asked is None) == (step is None)
+        assert requeued.read_text().splitlines() == ["requeue 77"] * min(start, 2)
+    rows = [without_times(read_rows(tmp_path / name / "metrics.jsonl")) for name in ("straight", "run")]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("world_size", [3, 4])
+def test_every_hellaswag_ending_is_scored_by_one_rank(world_size):
+    """All 10,042 items; and every rank makes as many forward calls, of the same shapes."""
+    task = HellaSwag(load_hellaswag(), load_tokenizer())
+    shapes, scored = [], []
+    for rank in range(world_size):
+        batches = list(task._batches(16 * 1024, rank, world_size))
+        shapes.append([fields.shape for fields, _ in batches])
+        scored += [numbers[numbers < 2 * 10_042 * 4] for _, numbers in batches]
+    assert all(found == shapes[0] for found in shapes)
+    counts = np.bincount(np.concatenate(scored), minlength=2 * 10_042 * 4)
+    assert len(counts) == 2 * 10_042 * 4 and (counts == 1).all()
+
+
+def test_three_processes_measure_what_one_does(make_shards, tmp_path):
+    """11 validation windows and 7 items, of which three ranks have unequal shares."""
+    rng = np.random.Generator(np.random.Philox(5))
+    shards = make_shards({s: [rng.integers(0, 50256, (n, 59)).tolist()] for s, n in (("train", 40), ("val", 6))})
+    changes = {
+        "model__vocab_size": None,
+        "train__precision": "fp64",
+        "train__steps": 3,
+        "train__global_batch_tokens": 12 * 32,
+        "train__micro_batch_size": 2,
+        "eval__val_every": 1,
+        "eval__val_tokens": 11 * 32,
+        "eval__hellaswag_every": 3,
+        "eval__hellaswag_items": 7,
+        "eval__sample_every": 3,
+        "eval__sample_tokens": 4,
+    }
+    finish(launch(tiny(shards, tmp_path / "three", **changes), tmp_path, *TORCHRUN, "--nproc_per_node", "3"))
+    one = run(tiny(shards, tmp_path / "one", **changes))
+    three = read_rows(tmp_path / "three" / "metrics.jsonl")
+    assert losses(three) == pytest.approx(losses(one), rel=1e-9)
+    for a, b in zip(one, three, strict=True):
+        assert b["val_loss"] == pytest.approx(a["val_loss"], rel=1e-9)
+    exact = [{k: v for k, v in rows[-1].items() if "hellaswag" in k or k == "samples"} for rows in (one, three)]
+    assert exact[0] == exact[1] and exact[0]["hellaswag_items"] == 7
