@@ -1,6 +1,7 @@
 """What ships to launch a run with: each configuration, and the batch script with a Slurm that is none."""
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -129,3 +130,57 @@ def test_three_processes_measure_what_one_does(make_shards, tmp_path):
         assert b["val_loss"] == pytest.approx(a["val_loss"], rel=1e-9)
     exact = [{k: v for k, v in rows[-1].items() if "hellaswag" in k or k == "samples"} for rows in (one, three)]
     assert exact[0] == exact[1] and exact[0]["hellaswag_items"] == 7
+
+
+@pytest.fixture
+def two_machines():
+    """Two network namespaces joined by a cable: (name, address) of each. Skipped where they cannot be made."""
+    names = [f"gpt2hf{os.getpid()}{letter}" for letter in "ab"]
+    made = []
+
+    def ip(*arguments: str) -> None:
+        done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"network namespaces cannot be made here: ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+    if shutil.which("ip") is None:
+        pytest.skip("network namespaces cannot be made here: there is no command ip")
+    try:
+        for name in names:
+            ip("netns", "add", name)
+            made.append(name)
+        ip("link", "add", "cable0", "netns", names[0], "type", "veth", "peer", "name", "cable0", "netns", names[1])
+        addresses = ["10.213.7.1", "10.213.7.2"]
+        for name, address in zip(names, addresses, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", "cable0")
+            ip("-n", name, "link", "set", "cable0", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield list(zip(names, addresses, strict=True))
+    finally:
+        for name in made:
+            subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def test_two_machines_make_the_curve_of_one(data, tmp_path, two_machines):
+    """A process on each, which find each other by c10d's rendezvous and see the same disk."""
+    settings = {"train__precision": "fp64", "train__steps": 6, "checkpoint__save_every": 3, "eval__val_every": 3}
+    config = tiny(data, tmp_path / "run", **settings)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(config.to_yaml())
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable0"}
+    processes = []
+    for rank, (name, address) in enumerate(two_machines):
+        where = ["--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1", "--local_addr", address]
+        meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{two_machines[0][1]}:29533", "--rdzv_id", "run"]
+        meet += ["--rdzv_conf", f"is_host={int(rank == 0)}"]
+        command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", *where, *meet]
+        command += [str(ROOT / "scripts" / "pretrain.py"), "--config", str(recipe)]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    for process in processes:
+        finish(process)
+    alone = run(tiny(data, tmp_path / "alone", **settings))
+    together = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert losses(together) == pytest.approx(losses(alone), rel=1e-9, abs=0)
+    assert together[-1]["val_loss"] == pytest.approx(alone[-1]["val_loss"], rel=1e-9)
