@@ -17,7 +17,7 @@ UPPER := .venv-upper
 # Where gpu-check writes what it found.
 OUT ?= runs/gpu-check
 
-.PHONY: help setup demo test test-lower test-upper gpu-check lint format clean
+.PHONY: help setup demo test test-lower test-upper soak gpu-check lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test    run the tests; TESTS='tests/model/test_model.py ...' for some of them"
 	@echo "make test-lower  run them with transformers $(LOWEST), the oldest supported"
 	@echo "make test-upper  run them with the newest releases that setup.cfg admits, looked up now"
+	@echo "make soak    half an hour of training under kills beside a run without; SOAK='--processes 2 --minutes 60' for more"
 	@echo "make gpu-check   on a GPU, with \$$PYTHON as it is: the GPU's tests, then the benchmark; results in $(OUT)"
 	@echo "make lint    check format, style and types"
 	@echo "make setup   make the virtual environment $(VENV) only"
@@ -66,6 +67,10 @@ test-upper: setup
 		if (m := p["metadata"])["name"] not in ("gpt2_hf", "gpt2-hf")]' < $(UPPER)/report.json | tee $(UPPER)/newer.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(UPPER) -r $(UPPER)/newer.txt
 	PYTHONPATH=$(CURDIR)/$(UPPER) $(PYTEST) $(TESTS)
+
+soak: setup
+	$(BIN)/python scripts/prepare_data.py --config recipes/data/shakespeare.yaml
+	$(BIN)/python tests/soak.py $(SOAK)
 
 # The Python that has the GPU's PyTorch, transformers, accelerate and pytest; it needs no network, and no more packages.
 gpu-check: export HF_HUB_OFFLINE := 1

@@ -2,9 +2,10 @@
 
     python tests/soak.py --minutes 35 --out runs/soak        (or: make soak)
 
-Two runs of one recipe, each in a process with one thread: one goes through, the other is killed (SIGKILL, and every
-fourth time SIGTERM) at random moments and started again by the same command. Memory, threads and open files of the
-first are sampled all along. At the end the two models must be equal to the last bit. Exit status 0 means so.
+Two runs of one recipe, each in processes of one thread: one goes through, the other is killed (SIGKILL, and every
+fourth time SIGTERM, of one process chosen by chance) at random moments and started again by the same command. Memory,
+threads and open files of the first are sampled all along. At the end the two models must be equal to the last bit.
+Exit status 0 means so.
 """
 
 from __future__ import annotations
@@ -42,17 +43,19 @@ SMALL = {
 }
 
 
-def command(run: Path, data: str, steps: int) -> list[str]:
+def command(run: Path, data: str, steps: int, n_processes: int) -> list[str]:
     settings = SMALL | {"data.path": data, "train.run_dir": str(run), "train.steps": steps, "model.dropout": 0.1}
     arguments = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     recipe = ["--config", str(ROOT / "recipes" / "demo.yaml")]
-    return [sys.executable, str(ROOT / "scripts" / "pretrain.py"), *recipe, *arguments]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n_processes)]
+    script = str(ROOT / "scripts" / "pretrain.py")
+    return [sys.executable, *(launcher if n_processes > 1 else []), script, *recipe, *arguments]
 
 
-def start(run: Path, data: str, steps: int) -> subprocess.Popen:
+def start(run: Path, data: str, steps: int, n_processes: int) -> subprocess.Popen:
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     with (run.parent / f"{run.name}.log").open("a") as log:
-        return subprocess.Popen(command(run, data, steps), env=environment, stdout=log, stderr=log)
+        return subprocess.Popen(command(run, data, steps, n_processes), env=environment, stdout=log, stderr=log)
 
 
 def step_of(run: Path) -> int:
@@ -62,11 +65,21 @@ def step_of(run: Path) -> int:
         return 0
 
 
-def sample(process: subprocess.Popen) -> dict[str, float] | None:
+def workers(process: subprocess.Popen, n_processes: int) -> list[psutil.Process]:
+    """The processes that train."""
     try:
-        of = psutil.Process(process.pid)
-        return {"mb": of.memory_info().rss / 1e6, "threads": of.num_threads(), "files": of.num_fds()}
+        found = psutil.Process(process.pid)
+        children = [child for child in found.children() if "pretrain.py" in " ".join(child.cmdline())]
+        return children if n_processes > 1 else [found]
     except psutil.Error:
+        return []
+
+
+def sample(process: subprocess.Popen, n_processes: int) -> dict[str, float] | None:
+    try:
+        of = workers(process, n_processes)[0]
+        return {"mb": of.memory_info().rss / 1e6, "threads": of.num_threads(), "files": of.num_fds()}
+    except (psutil.Error, IndexError):
         return None
 
 
@@ -76,6 +89,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     parser.add_argument("--data", default="data/shakespeare", help="a folder that scripts/prepare_data.py made")
     parser.add_argument("--every", type=float, nargs=2, default=(40, 110), help="seconds between kills, from and to")
+    parser.add_argument("--processes", type=int, default=1, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -83,7 +97,8 @@ def main() -> int:
     straight, harmed = options.out / "straight", options.out / "harmed"
 
     steps = 10**6  # more than there is time for
-    whole, other = start(straight, options.data, steps), start(harmed, options.data, steps)
+    n = options.processes
+    whole, other = start(straight, options.data, steps, n), start(harmed, options.data, steps, n)
     begin = time.monotonic()
     samples: list[dict[str, float]] = []
     kills: list[dict[str, Any]] = []
@@ -93,30 +108,32 @@ def main() -> int:
         time.sleep(1)
         if whole.poll() is not None:
             sys.exit(f"the run that was left alone ended with status {whole.returncode}: see {options.out}")
-        if (found := sample(whole)) is not None:
+        if (found := sample(whole, n)) is not None:
             samples.append({"at": round(time.monotonic() - begin), "step": step_of(straight), **found})
         if other.poll() is not None or time.monotonic() > next_kill:
             if other.poll() is None:
                 number = signal.SIGTERM if len(kills) % 4 == 3 else signal.SIGKILL
                 is_saving = bool(list(harmed.glob("checkpoints/.*.writing")))
                 kills.append({"signal": number.name, "step": step_of(harmed), "while_saving": is_saving})
-                other.send_signal(number)
-                other.wait(60)
-            elif other.returncode not in (0, 85):
+                victims = workers(other, n) or [psutil.Process(other.pid)]
+                chance.choice(victims).send_signal(number)
+                other.wait(180)
+            else:
                 sys.exit(f"the harmed run ended by itself with status {other.returncode}: see {options.out}")
-            other = start(harmed, options.data, steps)
+            other = start(harmed, options.data, steps, n)
             next_kill = time.monotonic() + chance.uniform(*options.every)
     # Both stop, and go on to the same step without harm.
     for process in (whole, other):
-        process.send_signal(signal.SIGTERM)
-        process.wait(120)
+        for worker in workers(process, n):
+            worker.send_signal(signal.SIGTERM)
+        process.wait(180)
     steps_at = max(step_of(straight), step_of(harmed)) // 100 * 100 + 100
     (options.out / "samples.json").write_text(json.dumps({"samples": samples, "kills": kills, "steps": steps_at}))
     for run in (straight, harmed):
-        if start(run, options.data, steps_at).wait() != 0:
+        if start(run, options.data, steps_at, n).wait() != 0:
             sys.exit(f"{run} could not be finished: see {options.out}")
     weights = [(run / "final" / "model.safetensors").read_bytes() for run in (straight, harmed)]
-    late = [s for s in samples if s["at"] > 300] or samples
+    late = [s for s in samples if s["at"] > 300 and s["step"] > 0] or samples
     n_saving = sum(kill["while_saving"] for kill in kills)
     print(f"{options.minutes:g} minutes, {steps_at} steps; killed {len(kills)} times, {n_saving} of them while saving")
     for name in ("mb", "threads", "files"):
