@@ -185,6 +185,7 @@ def test_every_knob_is_used_by_a_recipe_or_has_a_stated_reason():
         "cache_gb": "object storage",
         "document_mask": "reproductions pack without it",
         "overfit_batch": "debugging",
+        "timeout_s": "networks and disks",
         "trackers": "needs an account or a package",
         "check_kernels": "a second or two, for those who measure them",
         "max_bad_steps": "what is odd depends on the data",

@@ -127,7 +127,7 @@ step = loop.train_step
 
 def profiled(*arguments):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        result = step(*arguments)
+        result = step(*arguments[:7])  # without safe points, at which ranks exchange a number
     events = [(e.name, e.time_range.start, e.time_range.end) for e in profile.events()]
     sent = [e for e in events if e[0] in ("c10d::allreduce_", "c10d::_reduce_scatter_base_", "c10d::reduce_scatter_")]
     backward = max(end for name, _, end in events if name.startswith("autograd::engine::evaluate_function"))

@@ -17,7 +17,7 @@ from test_remote import faults, new_url, upload
 from test_remote import proxy as proxy
 from test_remote import s3_server as s3_server
 from test_resume import FLAT, asked, refusal, start_of
-from test_run_folder import is_alive
+from test_stop import is_alive
 from test_train import clean_state as clean_state
 from test_train import data as data
 from test_train import losses, run, tiny, with_steps
