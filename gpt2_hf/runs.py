@@ -1,7 +1,7 @@
 """A run's folder, for whoever writes or reads one: which models it holds, whether they are whole, what was measured.
 
     RUN/checkpoints/step-00001000/      a stock gpt2 folder: config.json, model.safetensors, tokenizer, ...
-                      trainer_state/    what only a resumed run needs: optimizer.pt, state.json
+                      trainer_state/    what only a resumed run needs: the optimizers' state, state.json
                       manifest.json     name, size and sha256 of every file above
         final/                          the same, without trainer_state, when the run is finished
         metrics.jsonl                   a row for each measurement
