@@ -3,9 +3,9 @@
     python tests/soak.py --minutes 35 --out runs/soak        (or: make soak)
 
 Two runs of one recipe, each in processes of one thread: one goes through, the other is killed (SIGKILL, and every
-fourth time SIGTERM, of one process chosen by chance) at random moments and started again by the same command. Memory,
-threads and open files of the first are sampled all along. At the end the two models must be equal to the last bit.
-Exit status 0 means so.
+fourth time SIGTERM, of one process chosen by chance) at random moments, every other one while a checkpoint is written,
+and started again by the same command. Memory, threads and open files of the first are sampled all along. At the end the
+two models must be equal to the last bit. Exit status 0 means so.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,17 @@ def workers(process: subprocess.Popen, n_processes: int) -> list[psutil.Process]
         return []
 
 
+def wait_for_a_save(run: Path, process: subprocess.Popen, seconds: float = 30) -> None:
+    """Return in the middle of one, at a moment chosen by how long looking takes; or after some time without."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None and not is_saving(run):
+        time.sleep(0.001)
+
+
+def is_saving(run: Path) -> bool:
+    return any(run.glob("checkpoints/.*.writing"))
+
+
 def sample(process: subprocess.Popen, n_processes: int) -> dict[str, float] | None:
     try:
         of = workers(process, n_processes)[0]
@@ -113,12 +125,16 @@ def main() -> int:
         if other.poll() is not None or time.monotonic() > next_kill:
             if other.poll() is None:
                 number = signal.SIGTERM if len(kills) % 4 == 3 else signal.SIGKILL
-                is_saving = bool(list(harmed.glob("checkpoints/.*.writing")))
-                kills.append({"signal": number.name, "step": step_of(harmed), "while_saving": is_saving})
                 victims = workers(other, n) or [psutil.Process(other.pid)]
-                chance.choice(victims).send_signal(number)
+                victim = chance.choice(victims)
+                if len(kills) % 2:
+                    wait_for_a_save(harmed, other)
+                    time.sleep(chance.choice((0, 0.005, 0.02, 0.1)))
+                kills.append({"signal": number.name, "step": step_of(harmed), "while_saving": is_saving(harmed)})
+                with suppress(psutil.Error):  # it may have ended by itself
+                    victim.send_signal(number)
                 other.wait(180)
-            else:
+            elif other.returncode not in (0, 85):
                 sys.exit(f"the harmed run ended by itself with status {other.returncode}: see {options.out}")
             other = start(harmed, options.data, steps, n)
             next_kill = time.monotonic() + chance.uniform(*options.every)

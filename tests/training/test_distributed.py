@@ -12,6 +12,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from test_train import ROOT, TORCHRUN, data, finish, losses, run, tiny, with_steps  # noqa: F401  # data is a fixture
+from test_train import clean_state as clean_state
+from test_train import launch as plain_launch
 from transformers import AutoModelForCausalLM
 
 from gpt2_hf import runs
@@ -162,6 +164,28 @@ def test_gradients_cross_the_wire_once_a_step_while_backward_goes_on(data, tmp_p
     (at_once, _), (accumulated, overlapped) = found
     assert 1 < at_once == accumulated < 8
     assert overlapped >= 1
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_saving_loses_nothing(data, tmp_path):  # noqa: F811
+    """Twice, as soon as a checkpoint is seen to be written, which happens beside training after each step."""
+    settings = {"train__steps": 16, "checkpoint__save_every": 1, "model__dropout": 0.1}
+    run(tiny(data, tmp_path / "straight", **settings))
+    config, seen = tiny(data, tmp_path / "run", **settings), 0
+    for _ in range(2):
+        process = plain_launch(config, tmp_path)
+        while not list((tmp_path / "run" / "checkpoints").glob(".step-*.writing")) or newest_step(tmp_path) <= seen:
+            assert process.poll() is None
+        process.kill()
+        process.communicate()
+        assert (seen := newest_step(tmp_path)) < 16
+    finish(plain_launch(config, tmp_path))
+    final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("run", "straight")]
+    assert final[0] == final[1]
+
+
+def newest_step(tmp_path: Path) -> int:
+    return max(runs.saved_steps(tmp_path / "run" / "checkpoints"), default=0)
 
 
 def test_a_checkpoint_of_before_is_gone_on_from(data, tmp_path):  # noqa: F811
