@@ -178,7 +178,8 @@ def test_killed_in_the_middle_of_saving_loses_nothing(data, tmp_path):  # noqa: 
             assert process.poll() is None
         process.kill()
         process.communicate()
-        assert (seen := newest_step(tmp_path)) < 16
+        seen = newest_step(tmp_path)
+        assert seen < 16
     finish(plain_launch(config, tmp_path))
     final = [(tmp_path / name / "final" / "model.safetensors").read_bytes() for name in ("run", "straight")]
     assert final[0] == final[1]
