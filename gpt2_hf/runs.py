@@ -28,6 +28,7 @@ from .files import sha256, to_disk
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state"
+REWIND = "rewind.json"  # the last time that the run went back to a checkpoint
 STATE = f"{TRAINER_STATE}/state.json"  # the step, and what run it is
 # Beside the weights and a README.md, all that a gpt2 folder has had since 2019.
 STOCK_FILES = (

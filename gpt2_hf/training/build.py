@@ -104,7 +104,7 @@ def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state:
     documents = build_document_mask(config, data.train, bare_model, DTYPES[precision])
     throughput = build_throughput(config, accelerator, bare_model, precision)
     log = open_log(config, accelerator, folder, start, data.train, precision)
-    saver = checkpoint.Saver(host, bare_model, optimizers, tokenizer, warn=log.say)
+    saver = checkpoint.Saver(host, bare_model, optimizers, tokenizer, warn=log.say, waiting=stop.heart.moved)
     folder.step, folder.newest = start.step, start.checkpoint
     return Parts(
         config=config,
@@ -270,7 +270,7 @@ def open_log(
     )
     is_owed = start.owed is not None
     log = RunLog(run_dir, start.step, steps, batch, accelerator.is_main_process, trackers, drops_start=is_owed)
-    if start.rewind:
+    if start.rewind and start.rewind.step == start.step:
         log.go_back(start.step, start.rewind.row())
     if accelerator.is_main_process:
         folder.rows = log.rows

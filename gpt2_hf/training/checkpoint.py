@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.tokenizer import save_tokenizer
 from ..model import GPTForCausalLM
 from ..runs import (
+    STATE,
     TRAINER_STATE,
     begin_folder,
     best_step,
@@ -55,7 +56,6 @@ if TYPE_CHECKING:
 # It says so of every single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-STATE = f"{TRAINER_STATE}/state.json"
 OLD_STATE = f"{TRAINER_STATE}/optimizer.pt"  # until the end of 2026: all of it, by torch.save
 WEIGHT_FILE_BYTES = 2 * 10**9
 
@@ -78,6 +78,7 @@ def save(parts: Parts, step: int) -> None:
             prune(folder.checkpoints, keep.keep_last, keep.keep_every, best, warn=parts.log.say)
 
     parts.saver.wait()
+    check_folder(parts)
     parts.saver.begin(place, state, saved)
 
 
@@ -86,12 +87,19 @@ def save_final(parts: Parts) -> None:
     if parts.start.step == parts.config.train.steps:  # no step of this start has tried these weights
         parts.watch.try_weights(parts.start.step, parts.optimizers, None)
     parts.saver.wait()
-    if any(parts.host.gather(parts.folder.is_gone())):
-        raise Stopping(GONE)
+    check_folder(parts)
     parts.saver.begin(parts.folder.final)
-    if problem := parts.saver.wait():
+    problem = parts.saver.wait()
+    check_folder(parts)
+    if problem:
         raise problem
     parts.folder.is_finished = True
+
+
+def check_folder(parts: Parts) -> None:
+    """Raise Stopping on all ranks where the run's folder was taken away. Every rank must call it."""
+    if any(parts.host.gather(parts.folder.is_gone())):
+        raise Stopping(GONE)
 
 
 class Saver:
@@ -99,6 +107,7 @@ class Saver:
 
     Args:
         warn: hears, on the first rank, of a folder that the disk did not take.
+        waiting: is called every few seconds while this rank waits for the disk.
     """
 
     def __init__(
@@ -108,9 +117,10 @@ class Saver:
         optimizers: Sequence[Optimizer],
         tokenizer: PreTrainedTokenizerBase,
         warn: Callable[[str], None] = print,
+        waiting: Callable[[], None] = lambda: None,
     ):
         self._host, self._model, self._optimizers, self._tokenizer = host, model, optimizers, tokenizer
-        self._warn = warn
+        self._warn, self._waiting = warn, waiting
         self._pinned: dict[str, Tensor] = {}  # name -> host memory that a GPU copies to, got once
         self._settings: dict[str, bytes] = {}  # the files beside the weights, once they were written
         self._thread: threading.Thread | None = None
@@ -152,7 +162,9 @@ class Saver:
         """
         if self._thread is None:
             return None
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(5)
+            self._waiting()  # a large model on a slow disk is no hang
         self._thread, error, self._error = None, self._error, None
         if error is None or isinstance(error, OSError):
             return error
@@ -318,8 +330,7 @@ def write_trainer_state(folder: Path, tensors: dict[str, Tensor], state: dict[st
     host.first(lambda: path.mkdir())
     writer = dcp.FileSystemWriter(path, sync_files=False)  # they are flushed when they are described
     dcp.save(tensors, storage_writer=writer, process_group=host.group, no_dist=host.group is None)
-    if host.rank == 0:
-        (folder / STATE).write_text(json.dumps(state, indent=1))
+    host.first(lambda: (folder / STATE).write_text(json.dumps(state, indent=1)))
 
 
 def load_trainer_state(folder: Path, model: nn.Module, optimizers: Sequence[Optimizer], host: Host) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 import torch.distributed as dist
@@ -162,7 +163,12 @@ class Heart:
     def _watch(self) -> None:
         first_step = None
         has_made_one = False
+        alone_since = None
         while not self._over.wait(min(BEAT, self.timeout_s / 4)):
+            if ended := self.ended():  # what waits for a GPU doesn't notice; the launcher, or an error, comes first
+                alone_since = alone_since or time.monotonic()
+                if time.monotonic() - alone_since > 3 * PATIENCE:
+                    self._end(f"{_names(ended)} ended")
             step = self.folder.step
             first_step = step if first_step is None else first_step
             has_made_one = has_made_one or step != first_step
@@ -172,13 +178,13 @@ class Heart:
             verdict = self.verdict()
             if self._over.is_set() or time.monotonic() - self._moved_at < still:  # in the meantime it went on
                 continue
-            try:
-                say(
-                    f"error: training has stood still for {still:.0f} s, longer than train.timeout_s: {verdict}; "
-                    f"start again, and the run goes on from {self.folder.newest or 'step 0'}"
-                )
-            finally:
-                os._exit(1)
+            self._end(f"training has stood still for {still:.0f} s, longer than train.timeout_s: {verdict}")
+
+    def _end(self, why: str) -> NoReturn:
+        try:
+            say(f"error: {why}; start again, and the run goes on from {self.folder.newest or 'step 0'}")
+        finally:
+            os._exit(1)
 
     def _read(self) -> dict[int, Told]:
         """What each rank has told last; those that never spoke are missing."""

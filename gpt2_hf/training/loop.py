@@ -74,6 +74,7 @@ def train(config: RunConfig) -> Path:
             advice_on_memory(config, state.num_processes),
         ):
             signal_number = train_and_rewind(config, parts)
+            stop.heart.stop()  # what comes now is waiting, for the mirror
         accelerator = parts.accelerator
         # The model goes before the process group does. Were DDP the last to hold it, gloo's thread would be waited for
         # with Python's lock held, for which that thread may be waiting: the process would never end.
@@ -99,18 +100,23 @@ def train_and_rewind(config: RunConfig, parts: Parts) -> int:
         except Diverged as trouble:
             parts = rewind(parts, trouble)
         except Stopping as stopping:
-            if stopping.number == GONE:
-                parts.folder.move_elsewhere()
-            save_stopped(parts, stopping)
-            return stopping.number
+            return save_stopped(parts, stopping)
 
 
-def save_stopped(parts: Parts, stopping: Stopping) -> None:
-    """Save the last finished step, unless it is saved already or not worth it. Every rank must call it."""
+def save_stopped(parts: Parts, stopping: Stopping) -> int:
+    """Save the last finished step, unless it is saved already or not worth it. Every rank must call it.
+
+    Returns:
+        Why the run ends: a signal's number, or ``GONE``, also where a signal came at the same time.
+    """
     folder, step = parts.folder, parts.folder.step
     for optimizer in parts.optimizers:
         optimizer.zero_grad()  # room for the copies
     parts.saver.wait()
+    number = stopping.number
+    if any(parts.host.gather(folder.is_gone())):
+        folder.move_elsewhere()
+        number = GONE
     if step is not None and not folder.has_saved(step):
         try:
             parts.watch.look(step)
@@ -121,7 +127,8 @@ def save_stopped(parts: Parts, stopping: Stopping) -> None:
         if is_good:
             save(replace(parts, identity=parts.identity | {"owed": stopping.owed}), step)
             parts.saver.wait()
-    parts.stop.mark(stopping.number)
+    parts.stop.mark(number)
+    return number
 
 
 def loop(config: RunConfig, parts: Parts) -> None:

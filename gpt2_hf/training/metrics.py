@@ -109,10 +109,11 @@ class RunLog:
         )
         self._path = run_dir / "metrics.jsonl"
         if self.enabled:
-            self.rows = RowFile(self._path, self._kept(start_step - drops_start), self.say)
+            kept = self._kept(start_step - drops_start) if start_step else []
+            self.rows = RowFile(self._path, kept, self.say)
 
     def _kept(self, last_step: int) -> list[dict[str, Any]]:
-        return [row for row in read_rows(self._path) if _is_up_to(last_step, row)] if last_step else []
+        return [row for row in read_rows(self._path) if _is_up_to(last_step, row)]
 
     def go_back(self, step: int, row: dict[str, Any]) -> None:
         """Drop what was written after ``step``, and write a row that says why, unless it is there already."""

@@ -8,6 +8,8 @@ what was saved and measured since is dropped, which the next start would do too.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +19,7 @@ from .. import runs
 from . import checkpoint
 from .build import Parts, load_trainer_state
 from .run_folder import agree
-from .start import Rewind, Start, discard_untrusted
+from .start import Rewind, Start, discard_untrusted, unusable
 from .watch import Diverged
 
 
@@ -50,9 +52,7 @@ def rewind(parts: Parts, trouble: Diverged) -> Parts:
         data_offset = parts.start.data_offset + (came_to - step) * samples_per_step
         record = Rewind(step=step, rewound_from=came_to, data_offset=data_offset, times=times)
         log.say(f"{trouble}: going back to {place}, and passing over the data of steps {step + 1} to {came_to}")
-        if parts.accelerator.is_main_process:
-            record.write(folder.path)
-            discard_untrusted(folder.checkpoints, record, log.say)
+        parts.host.first(partial(_record, folder.path, record, log.say))
         log.go_back(step, record.row())
         parts.throughput.restart(step)
         folder.step, folder.newest = step, place
@@ -61,9 +61,14 @@ def rewind(parts: Parts, trouble: Diverged) -> Parts:
     _stop(parts, trouble)
 
 
+def _record(run: Path, record: Rewind, say: Callable[[str], None]) -> None:
+    record.write(run)
+    discard_untrusted(run / "checkpoints", record, say)
+
+
 def _newest_whole(checkpoints: Path, below: int) -> Path | None:
     saved = reversed(runs.saved_steps(checkpoints).items())
-    return next((path for step, path in saved if step < below and runs.damage(path) is None), None)
+    return next((path for step, path in saved if step < below and unusable(path) is None), None)
 
 
 def _stop(parts: Parts, trouble: Diverged) -> NoReturn:

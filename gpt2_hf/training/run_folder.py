@@ -8,6 +8,7 @@ RUN/.lock              held by the process that writes here, with its number
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -202,8 +203,9 @@ class RunFolder:
     def _is_here(self) -> bool:
         try:
             return os.path.samestat(self._identity, self.path.stat())
-        except FileNotFoundError:
-            return False
+        except OSError as error:
+            # Another one may pass: looked at again after the next step.
+            return error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
     def record(self, config: str, environment: dict[str, Any], start_step: int) -> None:
         """Write down how this start was asked for; print what a resumed run's last start had otherwise.
@@ -317,15 +319,15 @@ class RowFile:
 
 
 def agree(state: PartialState, find: Callable[[], T]) -> T:
-    """What ``find()`` returns on the first rank, for all ranks; a UserError that it raises there is raised on all."""
+    """What ``find()`` returns on the first rank, for all ranks; a UserError or OSError there is raised on all."""
     answer: list[Any] = [None]
     if state.is_main_process:
         try:
             answer = [find()]
-        except UserError as error:
+        except (UserError, OSError) as error:
             answer = [error]
     broadcast_object_list(answer)
-    if isinstance(answer[0], UserError):
+    if isinstance(answer[0], UserError | OSError):
         raise answer[0]
     return answer[0]
 

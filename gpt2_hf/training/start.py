@@ -25,7 +25,6 @@ from ..knobs import ConfigError
 from . import checkpoint, stored_run
 from .run_folder import agree
 
-REWIND = "rewind.json"
 # The record, in a run's folder, of the checkpoint that `resume.from` named and the run has gone on from.
 TAKEN = "resumed_from.json"
 MOST_NAMED = 5  # bad checkpoints in an error
@@ -50,7 +49,7 @@ class Start:
 
     Attributes:
         data_offset: samples that the run has passed over so far: all that follow come by so many earlier.
-        rewind: the rewind that led here, if the run came to this step by one.
+        rewind: the last rewind of the run, which may have led here.
         owed: what is known of a step whose measurements were cut short, and are still to be made; None otherwise.
     """
 
@@ -77,7 +76,7 @@ class Rewind:
     times: int
 
     def write(self, run: Path) -> None:
-        with whole_file(run / REWIND) as file:
+        with whole_file(run / runs.REWIND) as file:
             file.write(json.dumps(asdict(self)).encode())
 
     def row(self) -> dict[str, int]:
@@ -87,19 +86,19 @@ class Rewind:
     @staticmethod
     def forget(run: Path) -> None:
         """Else checkpoints that are made from an earlier one on would be taken for those that led to the rewind."""
-        (run / REWIND).unlink(missing_ok=True)
+        (run / runs.REWIND).unlink(missing_ok=True)
 
     @staticmethod
     def read(run: Path) -> Rewind | None:
         """The last rewind of a run; None where there was none. Raises ConfigError for a file that cannot be read."""
         try:
-            return Rewind(**{k: int(v) for k, v in json.loads((run / REWIND).read_text()).items()})
+            return Rewind(**{k: int(v) for k, v in json.loads((run / runs.REWIND).read_text()).items()})
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ConfigError(
-                f"{run / REWIND} cannot be read ({error}), and says where the run goes on in its data: put it back, or "
-                f"delete it, and the run may train on data again from which it diverged"
+                f"{run / runs.REWIND} cannot be read ({error}), and says where the run goes on in its data: put it "
+                f"back, or delete it, and the run may train on data again from which it diverged"
             ) from None
 
 
@@ -165,6 +164,8 @@ def _look(config: RunConfig, data: ShardSet) -> Start:
     newest, bad = _newest(run)
     if config.checkpoint.mirror and newest is None:
         newest = _fetch(config, data)
+        if rewind := Rewind.read(run):
+            discard_untrusted(run / "checkpoints", rewind)
         taken, taken_step = _read_taken(run)
     if resume.from_ is None:
         if newest is None and bad:
@@ -183,7 +184,7 @@ def _look(config: RunConfig, data: ShardSet) -> Start:
     if taken == str(chosen) and newest and checkpoint.read_state(newest)["step"] > taken_step:
         print(f"resume.from {resume.from_} was taken by an earlier start, and the run goes on from where it has come")
         return _check(config, data, newest, rewind)
-    if reason := runs.problem(chosen) or _unusable(chosen):
+    if reason := unusable(chosen):
         steps = ", ".join(map(str, runs.saved_steps(run / "checkpoints"))) or "none"
         raise ConfigError(
             f"resume.from {resume.from_}: no run can go on from {chosen}: {reason}; steps with a checkpoint in {run}: "
@@ -218,7 +219,7 @@ def _newest(run: Path) -> tuple[Path | None, list[str]]:
     folder = run / "checkpoints"
     passed_over: list[str] = []
     try:
-        newest = runs.newest_whole(folder, passed_over.append, _unusable)
+        newest = runs.newest_whole(folder, passed_over.append, _without_state)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be read ({error.strerror}); choose another --train.run_dir") from None
     for line in passed_over:
@@ -259,7 +260,12 @@ def _is_own(config: RunConfig, folder: Path) -> bool:
     return folder.resolve().parent == (Path(config.train.run_dir) / "checkpoints").resolve()
 
 
-def _unusable(folder: Path) -> str | None:
+def unusable(folder: Path) -> str | None:
+    """Why no run can go on from a checkpoint, or None."""
+    return runs.problem(folder) or _without_state(folder)
+
+
+def _without_state(folder: Path) -> str | None:
     """Why no run can go on from a whole checkpoint, or None: it is a model without a trainer's state."""
     try:
         checkpoint.read_state(folder)
@@ -285,7 +291,7 @@ def _check(config: RunConfig, data: ShardSet, found: Path, rewind: Rewind | None
         )
     if rewind and rewind.step == saved["step"]:
         return Start(found, saved["step"], rewind.data_offset, rewind)
-    return Start(found, saved["step"], saved.get("data_offset", 0), owed=saved.get("owed"))
+    return Start(found, saved["step"], saved.get("data_offset", 0), rewind, owed=saved.get("owed"))
 
 
 def _refuse_other(config: RunConfig, data: ShardSet, saved: dict[str, Any], place: str) -> None:

@@ -14,6 +14,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,15 @@ from ..files import sha256, whole_file
 logger = logging.getLogger(__name__)
 
 # Small files that go along: what was measured, and how the run was started.
-RECORDS = ("metrics.jsonl", "config.yaml", "environment.json", "starts.jsonl", "resumed_from.json")
+RECORDS = (
+    runs.REWIND,
+    "metrics.jsonl",
+    "config.yaml",
+    "environment.json",
+    "starts.jsonl",
+    "resumed_from.json",
+    "tracker.json",
+)
 LINKS = ".mirror.writing"  # in the run's folder, while one is copied; a name that the next start clears away
 
 SAY_EVERY_S = 5.0
@@ -57,11 +66,17 @@ class Copy:
         self._written: set[tuple[str, str]] = set()  # files and their hashes: a second try begins where one failed
         self._damaged: set[tuple[str, bytes]] = set()
         self._all_there: list[Any] = []
+        self._rewound_at = _mtime(run / runs.REWIND)
         if start_step is not None:
             self._set_aside(start_step)
 
     def left(self) -> list[str]:
         """Folders of the run that are whole and not there, in the order in which they are copied."""
+        if (rewound_at := _mtime(self.run / runs.REWIND)) != self._rewound_at:
+            # What came after that step led to where the run could not go on.
+            with suppress(OSError, ValueError, LookupError, TypeError):
+                self._set_aside(int(json.loads((self.run / runs.REWIND).read_text())["step"]))
+            self._rewound_at, self._all_there = rewound_at, []
         saved = runs.saved_steps(self.run / "checkpoints")
         seen = [(folder, _mtime(folder / runs.MANIFEST)) for folder in (*saved.values(), self.run / "final")]
         if seen == self._all_there:
@@ -170,6 +185,7 @@ class Copy:
                 self.storage.copy(name, f"before-{number}/{name}")
                 self.names.add(f"before-{number}/{name}")
             self._remove(files)
+            self._manifests.pop(folder, None)
         if "metrics.jsonl" in self.names:
             self.storage.copy("metrics.jsonl", f"before-{number}/metrics.jsonl")
 

@@ -36,7 +36,7 @@ def run_id(run_dir: Path, is_new: bool) -> str:
         except (OSError, ValueError, KeyError, TypeError):
             pass  # begun without a tracker
     found = secrets.token_hex(4)
-    with whole_file(path) as file:
+    with suppress(OSError), whole_file(path) as file:
         file.write(json.dumps({"id": found}).encode())
     return found
 

@@ -97,11 +97,11 @@ class Watch:
         """Forget what was seen, and go on from what ``state`` says of it, a checkpoint's ``state.json``."""
         self.past = Past(**state.get("past", {}))
         self._unread = []
-        self._counts = dict.fromkeys(self._counts, 0)
+        self._counts = dict.fromkeys(self._counts, 0) | state.get("counts", {})
 
     def state(self) -> dict[str, Any]:
         """What ``restart`` wants to hear, for ``state.json``."""
-        return {"past": asdict(self.past)}
+        return {"past": asdict(self.past), "counts": dict(self._counts)}
 
     def note(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Take in a step's loss on this rank and its gradient's global norm, both (); nothing waits for the device."""
@@ -185,7 +185,7 @@ class Watch:
         if not self.all_finite(optimizers):
             raise Diverged(f"the weights or the optimizer's state are not finite after step {step}", first)
         if batch is None:
-            return True
+            return not self.past.n_bad
         on_host = batch[0, :TRIAL_WINDOWS]
         windows = on_host.to(self.accelerator.device)
         input_ids, labels = windows[:, :-1], windows[:, 1:]
@@ -204,7 +204,8 @@ class Watch:
         if not value <= self.limit or (is_doubtful and is_last):
             what = f"the weights after step {step} give a loss of {value:.4g} on what they were just trained on"
             raise Diverged(what, first)
-        return is_last or not (is_doubtful or self.past.n_bad)
+        # While trouble may have begun, a checkpoint could push out the last one from before it.
+        return is_last or not (is_doubtful or self.past.n_bad or self.past.trouble is not None)
 
     def all_finite(self, optimizers: Sequence[Optimizer]) -> bool:
         """Whether weights and optimizer states are, all ranks' shares of them. Every rank must call it."""
