@@ -28,8 +28,18 @@ TIMED = {"tokens_per_sec", "mfu", "peak_memory"}
 
 def send(number: int) -> None:
     """Signal this process, and wait until that is heard."""
+    assert signal.getsignal(number) not in (signal.SIG_DFL, None), "it would end the tests"
     os.kill(os.getpid(), number)
     time.sleep(0.2)
+
+
+@pytest.fixture(autouse=True)
+def default_handlers():
+    """A run leaves the handlers of whoever calls it alone, and other tests' packages have some."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def without_times(rows: list[dict]) -> list[dict]:
