@@ -170,7 +170,7 @@ def test_gradients_cross_the_wire_once_a_step_while_backward_goes_on(data, tmp_p
 def test_killed_in_the_middle_of_saving_loses_nothing(data, tmp_path):  # noqa: F811
     """Twice, as soon as a checkpoint is seen to be written, which happens beside training after each step."""
     settings = {"train__steps": 16, "checkpoint__save_every": 1, "model__dropout": 0.1}
-    run(tiny(data, tmp_path / "straight", **settings))
+    finish(plain_launch(tiny(data, tmp_path / "straight", **settings), tmp_path))  # with as many threads
     config, seen = tiny(data, tmp_path / "run", **settings), 0
     for _ in range(2):
         process = plain_launch(config, tmp_path)
