@@ -307,7 +307,8 @@ def load_model(folder: Path, model: nn.Module) -> None:
     named = dict(model.named_parameters())
     for file in sorted(folder.glob("model*.safetensors")):
         with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118  # not a dict
+            names = weights.keys()
+            for name in names:
                 put(weights.get_tensor(name), into=named[name])
 
 

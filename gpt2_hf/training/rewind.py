@@ -34,7 +34,7 @@ def rewind(parts: Parts, trouble: Diverged) -> Parts:
     came_to, before, last = folder.step or 0, trouble.step, parts.start.rewind
     # One batch over and over has no data to pass over.
     while config.train.on_divergence == "rewind" and not config.train.overfit_batch:
-        place = agree(PartialState(), lambda below=before: _newest_whole(folder.checkpoints, below))  # type: ignore[misc]
+        place = agree(PartialState(), partial(_newest_whole, folder.checkpoints, before))
         if place is None:
             break
         step = checkpoint.read_state(place)["step"]

@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from test_train import ROOT, TORCHRUN, data, finish, losses, run, tiny, with_steps  # noqa: F401  # data is a fixture
+from test_train import ROOT, TORCHRUN, finish, losses, run, tiny, with_steps
 from test_train import clean_state as clean_state
+from test_train import data as data
 from test_train import launch as plain_launch
 from transformers import AutoModelForCausalLM
 
@@ -45,7 +46,7 @@ def launch(config, tmp_path, n_processes: int, environment: dict[str, str] | Non
     return finish(process)
 
 
-def constant(data, run_dir, **changes):  # noqa: F811
+def constant(data, run_dir, **changes):
     """A run whose learning rate doesn't depend on its length; both optimizers, float64, validation, checkpoints."""
     settings = {
         "optim__name": "muon",
@@ -61,7 +62,7 @@ def constant(data, run_dir, **changes):  # noqa: F811
     return tiny(data, run_dir, **settings | changes)
 
 
-def test_each_arrangement_goes_on_from_any_other_on_one_curve(data, tmp_path):  # noqa: F811
+def test_each_arrangement_goes_on_from_any_other_on_one_curve(data, tmp_path):
     """One process; two with whole models; four with shares; two copies over two shares each; one again."""
     straight = run(constant(data, tmp_path / "straight", train__steps=20))
     config = constant(data, tmp_path / "run", train__steps=20)
@@ -143,7 +144,7 @@ loop.train(parse_cli(RunConfig))
 
 
 @pytest.mark.parametrize("environment", [{}, FSDP], ids=["whole", "shares"])
-def test_gradients_cross_the_wire_once_a_step_while_backward_goes_on(data, tmp_path, environment):  # noqa: F811
+def test_gradients_cross_the_wire_once_a_step_while_backward_goes_on(data, tmp_path, environment):
     """Four micro-steps send what one does, and begin before the last of them is over."""
     script = tmp_path / "count.py"
     script.write_text(COUNT)
@@ -167,7 +168,7 @@ def test_gradients_cross_the_wire_once_a_step_while_backward_goes_on(data, tmp_p
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_of_saving_loses_nothing(data, tmp_path):  # noqa: F811
+def test_killed_in_the_middle_of_saving_loses_nothing(data, tmp_path):
     """Twice, as soon as a checkpoint is seen to be written, which happens beside training after each step."""
     settings = {"train__steps": 16, "checkpoint__save_every": 1, "model__dropout": 0.1}
     finish(plain_launch(tiny(data, tmp_path / "straight", **settings), tmp_path))  # with as many threads
@@ -189,7 +190,7 @@ def newest_step(tmp_path: Path) -> int:
     return max(runs.saved_steps(tmp_path / "run" / "checkpoints"), default=0)
 
 
-def test_a_checkpoint_of_before_is_gone_on_from(data, tmp_path):  # noqa: F811
+def test_a_checkpoint_of_before_is_gone_on_from(data, tmp_path):
     """Written with one file for all of the optimizers' state; the curve is what it was then."""
     settings = {"model__n_embd": 8, "model__n_layer": 1, "model__n_positions": 32, "optim__name": "muon"}
     config = tiny(data, tmp_path / "run", train__steps=12, checkpoint__save_every=6, **settings)
@@ -199,7 +200,7 @@ def test_a_checkpoint_of_before_is_gone_on_from(data, tmp_path):  # noqa: F811
     assert not (tmp_path / "run" / "checkpoints" / "step-00000012" / "trainer_state" / "optimizer.pt").exists()
 
 
-def test_large_models_are_written_in_several_files_that_stock_reads(data, tmp_path, monkeypatch):  # noqa: F811
+def test_large_models_are_written_in_several_files_that_stock_reads(data, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "WEIGHT_FILE_BYTES", 50_000)
     config = tiny(data, tmp_path / "run", train__steps=4, checkpoint__save_every=2)
     straight = losses(run(config))
