@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -289,9 +288,3 @@ def _deaf_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_deaf_child)
-
-
-def read_marker(run: Path) -> dict[str, Any] | None:
-    """What RUN/requeue says: signal, step, checkpoint, time. None where no start is asked for."""
-    path = run / MARKER
-    return json.loads(path.read_text()) if path.exists() else None

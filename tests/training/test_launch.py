@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from test_stop import wait_for, without_times
+from test_stop import read_marker, wait_for, without_times
 from test_train import ROOT, TORCHRUN, finish, launch, losses, run, tiny
 from test_train import clean_state as clean_state
 from test_train import data as data
@@ -21,7 +21,7 @@ from gpt2_hf.evaluation.hellaswag import HellaSwag, load_hellaswag
 from gpt2_hf.runs import read_rows
 from gpt2_hf.training.distributed import group_sizes, wants_shards
 from gpt2_hf.training.preflight import check_launcher
-from gpt2_hf.training.stop import WORKERS, read_marker
+from gpt2_hf.training.stop import WORKERS
 
 CONFIGS = ROOT / "accelerate_configs"
 

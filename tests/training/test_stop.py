@@ -1,5 +1,6 @@
 """Signals: the last finished step is saved, and the run goes on as if nothing had been."""
 
+import json
 import os
 import re
 import signal
@@ -21,9 +22,14 @@ from gpt2_hf.training import loop as training
 from gpt2_hf.training import stop
 from gpt2_hf.training.loop import train, train_step
 from gpt2_hf.training.measures import Measures
-from gpt2_hf.training.stop import MARKER, REQUEUE, read_marker
+from gpt2_hf.training.stop import MARKER, REQUEUE
 
 TIMED = {"tokens_per_sec", "mfu", "peak_memory"}
+
+
+def read_marker(folder: Path) -> dict | None:
+    """What RUN/requeue says; None where no start is asked for."""
+    return json.loads((folder / MARKER).read_text()) if (folder / MARKER).exists() else None
 
 
 def send(number: int) -> None:
