@@ -197,6 +197,54 @@ def test_signals_end_a_run_with_one_true_line(data, tmp_path, number, status):
     assert not (tmp_path / "run" / stop.WORKERS).exists()
 
 
+# Stands still in the third step, where Python runs no signal's handler.
+STANDSTILL = """
+import runpy, signal, sys, time
+from gpt2_hf.training import loop, stop
+
+make = loop.train_step
+
+def step(*arguments):
+    if arguments[4] == 2:
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop.SIGNALS)
+        time.sleep(100)
+    return make(*arguments)
+
+loop.train_step, stop.GRACE = step, 1.0
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, REQUEUE), (signal.SIGINT, 130)])
+def test_where_no_step_ends_a_run_ends_all_the_same(data, tmp_path, number, status):
+    """After a time; at the second Ctrl-C before that."""
+    (tmp_path / "standstill.py").write_text(STANDSTILL)
+    process = launch(tiny(data, tmp_path / "run"), tmp_path, sys.executable, str(tmp_path / "standstill.py"))
+    wait_for(tmp_path / "run" / "metrics.jsonl", 2, process)
+    process.send_signal(number)
+    if number == signal.SIGINT:
+        while "press again to end at once" not in process.stdout.readline():
+            assert process.poll() is None
+        process.send_signal(number)
+    last = process.communicate(timeout=60)[0].splitlines()[-1]
+    assert process.returncode == status
+    way_on = "at step 2; nothing was saved yet, so the next start begins at step 0"
+    assert last == f"{'stopped' if number == signal.SIGINT else 'terminated'} {way_on}"
+    assert bool(read_marker(tmp_path / "run")) == (number == signal.SIGTERM)
+
+
+def test_a_signal_while_the_step_is_compiled_is_obeyed_at_once(data, tmp_path):
+    process = launch(tiny(data, tmp_path / "run", train__compile="on"), tmp_path)
+    while "compiling" not in (line := process.stdout.readline()):
+        assert line or process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    last = process.communicate(timeout=60)[0].splitlines()[-1]
+    assert process.returncode == REQUEUE
+    assert last == "terminated before training began"
+    assert read_marker(tmp_path / "run")["checkpoint"] is None
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process that its parent is gone")
 @pytest.mark.parametrize("launcher", [("-m", "accelerate.commands.launch", "--cpu"), TORCHRUN[1:]])
 def test_a_killed_launcher_ends_training_and_nothing_is_lost(data, tmp_path, launcher):
