@@ -17,6 +17,7 @@ from test_remote import faults, new_url, upload
 from test_remote import proxy as proxy
 from test_remote import s3_server as s3_server
 from test_resume import FLAT, asked, refusal, start_of
+from test_rewind import Harm, flat, same_weights, worse_weights
 from test_stop import is_alive
 from test_train import clean_state as clean_state
 from test_train import data as data
@@ -29,6 +30,7 @@ from gpt2_hf.runs import read_rows
 from gpt2_hf.training import stored_run
 from gpt2_hf.training.loop import train
 from gpt2_hf.training.mirror import Mirror
+from gpt2_hf.training.start import Rewind
 from gpt2_hf.training.stored_run import Copy, Keep, fetch_newest
 
 QUICK = Retry(timeout=20, first_wait=0.01, longest_wait=0.02, give_up=30)
@@ -157,6 +159,24 @@ def test_what_a_start_leaves_behind_is_moved_aside_there_too(small_run, tmp_path
     assert steps_there(url) == [] and "before-2/checkpoints/step-00000010/manifest.json" in there(url)
 
 
+def test_a_run_that_goes_back_does_so_there_too(small_run, tmp_path):
+    url = new_url("file", tmp_path)
+    copy_all(small_run, url, KEEP_ALL, 0)
+    copy = Copy(small_run, Storage.open(url, QUICK), KEEP_ALL, 30)
+    for step in (20, 30):
+        shutil.rmtree(small_run / "checkpoints" / runs.step_name(step))
+    shutil.rmtree(small_run / "final")
+    Rewind(step=10, rewound_from=33, data_offset=23, times=1).write(small_run)
+    assert copy.left() == [] and steps_there(url) == [10]
+    write(small_run / "checkpoints" / "step-00000020", "weights 43", 20)
+    assert copy.left() == ["checkpoints/step-00000020"]
+    copy.add(copy.left()[0])
+    assert copy.left() == [] and "before-1/final/manifest.json" in there(url)
+    (fresh := tmp_path / "fresh").mkdir()
+    assert (fetch_newest(fresh, url, lambda *_: None) / "model.safetensors").read_text() == "weights 43"
+    assert Rewind.read(fresh) == Rewind.read(small_run)
+
+
 def cut(path: Path) -> None:
     os.truncate(path / "model.safetensors", 3)
 
@@ -246,6 +266,24 @@ def test_a_fresh_machine_goes_on_where_the_last_one_was(data, tmp_path, capsys):
 
     run(with_steps(mirrored(moved_to(config, tmp_path / "d"), url), 8))
     assert (tmp_path / "d" / "final" / "model.safetensors").read_bytes() == final
+
+
+def test_a_fresh_machine_goes_on_past_what_a_run_has_gone_back_from(data, tmp_path, monkeypatch):
+    """Back from step 25 to 12, the last that is saved; all else that the first machine made is lost with it."""
+    url = new_url("file", tmp_path)
+    config = flat(data, tmp_path / "a", checkpoint__keep_last=9)
+    Harm(monkeypatch, worse_weights, {23})
+    straight = run(moved_to(config, tmp_path / "straight"))
+    monkeypatch.undo()
+    Harm(monkeypatch, worse_weights, {23})
+    run(mirrored(config, url))
+    monkeypatch.undo()
+    for folder in ("step-00000024", "step-00000030"):
+        shutil.rmtree(tmp_path / "storage" / "checkpoints" / folder)
+    shutil.rmtree(tmp_path / "storage" / "final")
+    rows = run(mirrored(moved_to(config, tmp_path / "b"), url))
+    assert losses(rows) == losses(straight) and [r for r in rows if "rewound_from" in r]
+    assert same_weights(tmp_path / "straight", tmp_path / "b")
 
 
 def test_a_damaged_run_goes_on_from_its_mirror(data, tmp_path):
