@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in whatever a script starts with &; children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EOT = 50256
 
