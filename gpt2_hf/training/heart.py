@@ -143,7 +143,7 @@ class Heart:
         try:
             yield
         except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and not any(word in str(error) for word in LOST):
+            if not _is_lost(error):
                 raise
             deadline = time.monotonic() + 3 * PATIENCE
             while not self.ended() and time.monotonic() < deadline:  # what it met, it says first
@@ -208,6 +208,22 @@ class Heart:
 
 # What the libraries say where a connection is gone, or nothing came over it.
 LOST = ("by peer", "Timed out waiting", "timed out")
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in LOST)
+
+
+@contextmanager
+def advice_on_strangers() -> Iterator[None]:
+    """As ``Heart.advice_on_peers``, where the processes do not know each other yet."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        say("error: another process of the run ended; its own message, if any, says why", patience=0)
+        raise SystemExit(1) from None
 
 
 def meet(cpu: bool, timeout_s: float) -> PartialState:

@@ -25,7 +25,7 @@ from ..data.documents import DocumentMask
 from .build import Parts, build
 from .checkpoint import save, save_final
 from .distributed import clip, exchange
-from .heart import meet
+from .heart import advice_on_strangers, meet
 from .metrics import is_due, peak_memory_gb
 from .mirror import mirroring
 from .optim import lr_at, set_lr, step_optimizers
@@ -53,6 +53,7 @@ def train(config: RunConfig) -> Path:
     state = meet(os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"), config.train.timeout_s)
     check_run(config, state)
     with (
+        advice_on_strangers(),
         RunFolder(Path(config.train.run_dir), state) as folder,
         Stop(folder, state, config.train.timeout_s) as stop,
         advice_on_disk(folder),

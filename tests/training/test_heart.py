@@ -40,6 +40,25 @@ def test_the_others_name_a_rank_that_died(data, tmp_path, rank):
     assert re.search(rf"error: rank {rank} \(\S+, process {dead}\) ended, and so must this process", output), output
 
 
+# Rank 1 ends where nobody knows the other's number yet.
+EARLY = """
+import os, runpy, signal, sys
+from gpt2_hf.training.run_folder import RunFolder
+
+enter = RunFolder.__enter__
+RunFolder.__enter__ = lambda self: enter(self) if os.environ["RANK"] == "0" else os.kill(os.getpid(), signal.SIGKILL)
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_rank_that_dies_before_it_is_known_leaves_no_traceback_of_ours(data, tmp_path):
+    (tmp_path / "early.py").write_text(EARLY)
+    output = ended(launch(tiny(data, tmp_path / "run"), tmp_path, *TWO, str(tmp_path / "early.py")))
+    assert output.count("error: another process of the run ended; its own message, if any, says why") == 1
+    assert "[rank0]: Traceback" not in output and "run_folder.py" not in output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_others_name_a_rank_that_hangs(data, tmp_path, rank):
