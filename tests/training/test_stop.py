@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from test_rewind import quick_to_save as quick_to_save
 from test_train import TORCHRUN, launch, losses, run, tiny
 from test_train import clean_state as clean_state
 from test_train import data as data
