@@ -28,8 +28,12 @@ from .files import sha256, to_disk
 
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state"
-REWIND = "rewind.json"  # the last time that the run went back to a checkpoint
 STATE = f"{TRAINER_STATE}/state.json"  # the step, and what run it is
+REWIND = "rewind.json"  # the last time that the run went back to a checkpoint
+TAKEN = "resumed_from.json"  # the checkpoint that `resume.from` named and the run has gone on from
+TRACKER = "tracker.json"  # by what name trackers know the run
+# Small files beside the models: what was measured, and how the run was started.
+RECORDS = ("metrics.jsonl", "config.yaml", "environment.json", "starts.jsonl", REWIND, TAKEN, TRACKER)
 # Beside the weights and a README.md, all that a gpt2 folder has had since 2019.
 STOCK_FILES = (
     "config.json",

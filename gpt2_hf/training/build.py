@@ -78,11 +78,13 @@ class Parts:
     identity: dict[str, Any]
 
 
-def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state: PartialState, stop: Stop) -> Parts:
+def build(
+    config: RunConfig, data: Data, start: Start, folder: RunFolder, host: Host, state: PartialState, stop: Stop
+) -> Parts:
     """Make the parts in the order in which they need each other, with the state of ``start`` in them."""
     transformers.utils.logging.disable_progress_bar()  # bars for saving and loading would break ours
     precision = set_precision(config, state.device)
-    host, mesh = Host(state, collective_timeout(config.train.timeout_s)), sharding_mesh(state)
+    mesh = sharding_mesh(state)
     if mesh is not None and precision == "fp16":
         raise ConfigError("train.precision fp16 needs the whole model on each GPU: leave FSDP out, or use bf16 or fp32")
     accelerator = build_accelerator(config, precision)
@@ -104,7 +106,9 @@ def build(config: RunConfig, data: Data, start: Start, folder: RunFolder, state:
     documents = build_document_mask(config, data.train, bare_model, DTYPES[precision])
     throughput = build_throughput(config, accelerator, bare_model, precision)
     log = open_log(config, accelerator, folder, start, data.train, precision)
-    saver = checkpoint.Saver(host, bare_model, optimizers, tokenizer, warn=log.say, waiting=stop.heart.moved)
+    # A host of its own, as its thread talks while training may.
+    savers = Host(state, collective_timeout(config.train.timeout_s))
+    saver = checkpoint.Saver(savers, bare_model, optimizers, tokenizer, warn=log.say, waiting=stop.heart.moved)
     folder.step, folder.newest = start.step, start.checkpoint
     return Parts(
         config=config,

@@ -21,9 +21,9 @@ from typing import NoReturn
 import psutil
 import torch.distributed as dist
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from ..program import PATIENCE, say
+from .distributed import Host
 from .run_folder import RunFolder
 
 BEAT = 2.0  # seconds
@@ -74,17 +74,17 @@ class Heart:
         timeout_s: how long training may stand still, once the first step is made.
     """
 
-    def __init__(self, folder: RunFolder, state: PartialState, timeout_s: float):
-        self.folder, self.state, self.timeout_s = folder, state, timeout_s
-        self.workers = [Worker(*fields) for fields in gather_object([_fields(Worker.here(state.process_index))])]
-        self.me = self.workers[state.process_index]
+    def __init__(self, folder: RunFolder, host: Host, timeout_s: float):
+        self.folder, self.host, self.timeout_s = folder, host, timeout_s
+        self.workers = host.gather(Worker.here(host.rank))
+        self.me = self.workers[host.rank]
         self.n_passed = 0
         self._moved_at = time.monotonic()
         self._over = threading.Event()
         self._store: dist.Store | None = None
 
     def start(self) -> None:
-        if self.state.num_processes == 1:
+        if self.host.world_size == 1:
             return
         address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
         if address and port:
@@ -257,10 +257,6 @@ def describe(workers: list[Worker]) -> str:
 
 def _has_spoken(before: Told | None, now: Told | None) -> bool:
     return now is not None and (before is None or now.beats > before.beats)
-
-
-def _fields(worker: Worker) -> tuple[int, str, int, int]:
-    return worker.rank, worker.host, worker.pid, worker.space
 
 
 def _names(workers: list[Worker]) -> str:

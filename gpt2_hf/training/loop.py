@@ -24,8 +24,8 @@ from ..config import RunConfig
 from ..data.documents import DocumentMask
 from .build import Parts, build
 from .checkpoint import save, save_final
-from .distributed import clip, exchange
-from .heart import advice_on_strangers, meet
+from .distributed import Host, clip, exchange
+from .heart import advice_on_strangers, collective_timeout, meet
 from .metrics import is_due, peak_memory_gb
 from .mirror import mirroring
 from .optim import lr_at, set_lr, step_optimizers
@@ -37,6 +37,7 @@ from .stop import GONE, Stop, Stopping
 from .watch import Diverged, advice_on_disk, advice_on_memory
 
 
+@advice_on_strangers()
 def train(config: RunConfig) -> Path:
     """Run, or go on with, the run that ``config`` describes; returns the folder of the finished model.
 
@@ -52,22 +53,22 @@ def train(config: RunConfig) -> Path:
     check_devices(torch.cuda.device_count())
     state = meet(os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"), config.train.timeout_s)
     check_run(config, state)
+    host = Host(state, collective_timeout(config.train.timeout_s))
     with (
-        advice_on_strangers(),
-        RunFolder(Path(config.train.run_dir), state) as folder,
-        Stop(folder, state, config.train.timeout_s) as stop,
+        RunFolder(Path(config.train.run_dir), host) as folder,
+        Stop(folder, host, config.train.timeout_s) as stop,
         advice_on_disk(folder),
         stop.heart.advice_on_peers(),
     ):
         data = open_data(config)
-        start = find_start(config, data.train, state)
+        start = find_start(config, data.train, host)
         if is_finished(config, start):
             folder.is_finished = True
             state.print(folder.already_finished())
             with mirroring(folder.path, config.checkpoint, None, state.is_main_process):
                 pass  # of which the last start may have left something
             return folder.final
-        parts = build(config, data, start, folder, state, stop)
+        parts = build(config, data, start, folder, host, state, stop)
         with (
             mirroring(folder.path, config.checkpoint, start.step, state.is_main_process),
             closing(parts.log),

@@ -13,12 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from accelerate import PartialState
-
 from .. import runs
 from . import checkpoint
 from .build import Parts, load_trainer_state
-from .run_folder import agree
 from .start import Rewind, Start, discard_untrusted, unusable
 from .watch import Diverged
 
@@ -34,7 +31,7 @@ def rewind(parts: Parts, trouble: Diverged) -> Parts:
     came_to, before, last = folder.step or 0, trouble.step, parts.start.rewind
     # One batch over and over has no data to pass over.
     while config.train.on_divergence == "rewind" and not config.train.overfit_batch:
-        place = agree(PartialState(), partial(_newest_whole, folder.checkpoints, before))
+        place = parts.host.first(partial(_newest_whole, folder.checkpoints, before))
         if place is None:
             break
         step = checkpoint.read_state(place)["step"]
@@ -82,7 +79,7 @@ def _stop(parts: Parts, trouble: Diverged) -> NoReturn:
                 parts.log.say(f"checkpoint {path} was made when training had begun to diverge, and is deleted")
         return runs.newest_whole(folder.checkpoints, parts.log.say)
 
-    newest = agree(PartialState(), look)
+    newest = parts.host.first(look)
     advice = "a lower --optim.lr and --optim.muon_lr, or look at the data near this step"
     if newest is None:
         way_on = f"no checkpoint was saved: start again with {advice}"

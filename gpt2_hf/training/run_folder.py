@@ -16,35 +16,22 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Self, TypeVar
+from typing import IO, Any, BinaryIO, Self
 
 import yaml
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 
 from .. import runs
 from ..config import RunConfig
 from ..files import lock_folder, mask, whole_file
 from ..knobs import ConfigError
 from ..program import UserError
-
-T = TypeVar("T")
+from .distributed import Host
 
 # Settings of which no change shows: where one start begins, and the shape, which is the checkpoint's own however it is
 # written (a preset, or each number).
 NOT_CHANGES = ("resume.", "model.preset", "model.n_", "model.vocab_size")
 
-RECORDS = (
-    "config.yaml",
-    "environment.json",
-    "starts.jsonl",
-    "metrics.jsonl",
-    "resumed_from.json",
-    "rewind.json",
-    "tracker.json",
-    "mirror.log",
-    ".lock",
-)
+RECORDS = (*runs.RECORDS, "mirror.log", ".lock")
 RETRY_S = 10.0  # between two tries to write records on a full disk
 
 
@@ -63,12 +50,12 @@ class RunFolder:
         ConfigError: on entering, on all ranks, when another process has the folder, or none can.
     """
 
-    def __init__(self, path: Path, state: PartialState):
+    def __init__(self, path: Path, host: Host):
         self.path = path
         self.step: int | None = None  # None until training begins
         self.newest: Path | None = None  # the newest checkpoint that is known to be good
         self.is_finished = False
-        self._state = state
+        self._host = host
         self._made: list[Path] = []
         self._lock: IO[str] | None = None
         self._records: dict[str, bytes] = {}  # of this start, by file name
@@ -77,7 +64,7 @@ class RunFolder:
         self.rows: RowFile | None = None  # metrics.jsonl, once it is open
 
     def __enter__(self) -> Self:
-        agree(self._state, self._take)
+        self._host.first(self._take)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
@@ -170,7 +157,7 @@ class RunFolder:
         ``checkpoints`` and ``final`` are there. A later start goes on from it by ``--train.run_dir RUN-rescued``.
         """
         self._taken_away = self.path
-        self.path, self.newest = agree(self._state, self._make_elsewhere), None
+        self.path, self.newest = self._host.first(self._make_elsewhere), None
 
     def what_was_saved_elsewhere(self) -> str:
         """After ``move_elsewhere``: what happened, and how to go on."""
@@ -316,20 +303,6 @@ class RowFile:
             with suppress(OSError):
                 self._file.truncate(end)  # half a row
             raise
-
-
-def agree(state: PartialState, find: Callable[[], T]) -> T:
-    """What ``find()`` returns on the first rank, for all ranks; a UserError or OSError there is raised on all."""
-    answer: list[Any] = [None]
-    if state.is_main_process:
-        try:
-            answer = [find()]
-        except (UserError, OSError) as error:
-            answer = [error]
-    broadcast_object_list(answer)
-    if isinstance(answer[0], UserError | OSError):
-        raise answer[0]
-    return answer[0]
 
 
 def flat(text: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 
 from .. import runs
 from ..config import RunConfig
@@ -23,10 +23,8 @@ from ..data.stream import StepLoader, TokenStream
 from ..files import whole_file
 from ..knobs import ConfigError
 from . import checkpoint, stored_run
-from .run_folder import agree
+from .distributed import Host
 
-# The record, in a run's folder, of the checkpoint that `resume.from` named and the run has gone on from.
-TAKEN = "resumed_from.json"
 MOST_NAMED = 5  # bad checkpoints in an error
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
@@ -139,14 +137,14 @@ def identity(config: RunConfig, data: ShardSet) -> dict[str, Any]:
     }
 
 
-def find_start(config: RunConfig, data: ShardSet, state: PartialState) -> Start:
+def find_start(config: RunConfig, data: ShardSet, host: Host) -> Start:
     """The newest whole checkpoint of the run, or what ``resume`` asks for, looked up by one rank so that all agree.
 
     Raises:
         ConfigError: when it belongs to another run than ``config`` describes, or cannot be gone on from; also when
             there are checkpoints and none is whole: then a run does not begin anew by itself.
     """
-    return agree(state, lambda: _look(config, data))
+    return host.first(lambda: _look(config, data))
 
 
 def _look(config: RunConfig, data: ShardSet) -> Start:
@@ -155,7 +153,7 @@ def _look(config: RunConfig, data: ShardSet) -> Start:
     taken, taken_step = _read_taken(run)
     if resume.mode == "never" and not _is_restarted():
         Rewind.forget(run)
-        (run / TAKEN).unlink(missing_ok=True)
+        (run / runs.TAKEN).unlink(missing_ok=True)
         if aside := runs.set_aside(run):
             print(f"resume.mode is never: beginning at step 0; what {run} had so far is in {aside}")
         return Start()
@@ -177,7 +175,7 @@ def _look(config: RunConfig, data: ShardSet) -> Start:
         start = Start() if newest is None else _check(config, data, newest, rewind)
         if rewind and rewind.step > start.step:  # its checkpoint is gone: what comes now was never rewound
             Rewind.forget(run)
-        (run / TAKEN).unlink(missing_ok=True)
+        (run / runs.TAKEN).unlink(missing_ok=True)
         return start
 
     chosen = _chosen(run, resume.from_)
@@ -196,7 +194,7 @@ def _look(config: RunConfig, data: ShardSet) -> Start:
         is_own = _is_own(config, chosen)
         if aside := runs.set_aside(run, start.step if is_own else None):
             print(f"resume.from {resume.from_}: what {run} had {'after it' if is_own else 'so far'} is in {aside}")
-        with whole_file(run / TAKEN) as file:
+        with whole_file(run / runs.TAKEN) as file:
             file.write(json.dumps({"from": str(chosen), "step": start.step}).encode())
     return start
 
@@ -234,7 +232,7 @@ def _fetch(config: RunConfig, data: ShardSet) -> Path | None:
     only = None
     try:
         if resume.from_ is not None:
-            taken, _ = _taken(stored_run.read_record(url, TAKEN))
+            taken, _ = _taken(stored_run.read_record(url, runs.TAKEN))
             if taken != str(_chosen(run, resume.from_)):
                 if not resume.from_.isdecimal():
                     return None
@@ -318,7 +316,7 @@ def _refuse_other(config: RunConfig, data: ShardSet, saved: dict[str, Any], plac
 def _read_taken(run: Path) -> tuple[str | None, int]:
     """The checkpoint that ``resume.from`` named and the run has begun from, and its step; None when there is none."""
     try:
-        return _taken((run / TAKEN).read_bytes())
+        return _taken((run / runs.TAKEN).read_bytes())
     except OSError:
         return None, 0
 

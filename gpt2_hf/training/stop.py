@@ -25,11 +25,11 @@ from typing import Any, NoReturn, Self
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
 
 from ..files import whole_file
+from .distributed import Host
 from .heart import Heart, collective_timeout, describe
-from .run_folder import FolderGone, RunFolder, agree
+from .run_folder import FolderGone, RunFolder
 
 # Seconds after a signal in which a safe point must come, or the process ends without it.
 GRACE = 30.0
@@ -67,9 +67,9 @@ class Stop:
         timeout_s: how long training may stand still before the ``heart`` ends it.
     """
 
-    def __init__(self, folder: RunFolder, state: PartialState, timeout_s: float):
-        self.folder, self.state, self.timeout_s = folder, state, timeout_s
-        self.heart = Heart(folder, state, timeout_s)
+    def __init__(self, folder: RunFolder, host: Host, timeout_s: float):
+        self.folder, self.host, self.timeout_s = folder, host, timeout_s
+        self.heart = Heart(folder, host, timeout_s)
         self._heard = 0  # the signal's number
         self._is_safe = False  # what is done is being saved, however long that takes
         self._group: dist.ProcessGroup | None = None
@@ -77,15 +77,16 @@ class Stop:
         self._before: dict[int, Any] = {}  # signal -> the handler to put back
 
     def __enter__(self) -> Self:
-        agree(self.state, self._clear)
-        if self.state.num_processes > 1:
+        self.host.first(self._clear)
+        if self.host.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=collective_timeout(self.timeout_s))
         workers = self.folder.path / WORKERS
-        self._worker = workers / f"{socket.gethostname()}.{self.state.process_index}"
+        self._worker = workers / f"{socket.gethostname()}.{self.host.rank}"
         with suppress(OSError):  # another machine may not see the folder
             workers.mkdir(exist_ok=True)
             self._worker.write_text(f"{os.getpid()}\n")
-        self.state.print(describe(self.heart.workers))
+        if self.host.rank == 0:
+            print(describe(self.heart.workers))
         self.heart.start()
         self._listen()
         return self
@@ -153,7 +154,7 @@ class Stop:
 
     def mark(self, number: int) -> None:
         """Ask for another start, by the marker, if a batch system sent the signal. Every rank must call it."""
-        agree(self.state, lambda: self._mark(number))
+        self.host.first(lambda: self._mark(number))
 
     def end(self, number: int) -> NoReturn:
         """Leave the run after signal ``number``, when all is saved.
@@ -167,7 +168,7 @@ class Stop:
             raise FolderGone(self.folder.what_was_saved_elsewhere())
         if number == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.state.is_main_process:
+        if self.host.rank == 0:
             print(self.folder.last_words(), file=sys.stderr, flush=True)
         raise SystemExit(REQUEUE)
 
@@ -241,7 +242,7 @@ class Stop:
         return self.folder.step is not None and not self.folder.has_saved(self.folder.step)
 
     def _can_end_at_once(self) -> bool:
-        return self.state.num_processes == 1 and not self._unsaved()
+        return self.host.world_size == 1 and not self._unsaved()
 
     def _interrupt(self, *_: object) -> None:
         """Ctrl-C's handler: where there is nothing to save, what Python does without us."""
@@ -249,7 +250,7 @@ class Stop:
             raise KeyboardInterrupt
 
     def _say_what_comes(self) -> None:
-        if not self.state.is_main_process or self._can_end_at_once():
+        if self.host.rank != 0 or self._can_end_at_once():
             return
         newest = self.folder.newest
         lost = f"what was done since {newest.name}" if newest else "all, as nothing was saved yet,"
@@ -267,7 +268,7 @@ class Stop:
         """End the process from this thread: what is half written has a temporary name, and is removed later."""
         try:
             self._mark(number)
-            if self.state.is_main_process:
+            if self.host.rank == 0:
                 words = f"\nstopped{self.folder.way_on()}" if number == signal.SIGINT else self.folder.last_words()
                 print(words, file=sys.stderr, flush=True)
         finally:

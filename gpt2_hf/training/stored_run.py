@@ -25,16 +25,6 @@ from ..files import sha256, whole_file
 
 logger = logging.getLogger(__name__)
 
-# Small files that go along: what was measured, and how the run was started.
-RECORDS = (
-    runs.REWIND,
-    "metrics.jsonl",
-    "config.yaml",
-    "environment.json",
-    "starts.jsonl",
-    "resumed_from.json",
-    "tracker.json",
-)
 LINKS = ".mirror.writing"  # in the run's folder, while one is copied; a name that the next start clears away
 
 SAY_EVERY_S = 5.0
@@ -104,7 +94,7 @@ class Copy:
         self._remove([f"{name}/{runs.MANIFEST}"])
         for file, entry in manifest.items():
             self._write(f"{name}/{file}", links / file, entry["sha256"])
-        for record in RECORDS:
+        for record in runs.RECORDS:
             if (self.run / record).is_file():
                 self._write(record, self.run / record, None)
         self._write(f"{name}/{runs.MANIFEST}", links / runs.MANIFEST, None)
@@ -252,7 +242,7 @@ def fetch_newest(
                     raise _Damaged(f"it says that it is the checkpoint of step {step}")
                 accept(state, where)
             _fetch(storage, folder, manifest, run / folder)
-            for record in RECORDS:
+            for record in runs.RECORDS:
                 if record in names and not (run / record).exists():
                     content = storage.read_file(record)
                     with whole_file(run / record) as file:

@@ -19,9 +19,9 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from .. import runs
 from ..files import whole_file
 
-TRACKER = "tracker.json"
 WAITING = 1000  # rows that a slow tracker may leave behind
 # Seconds that training waits for a tracker: to begin, where it may have to ask for a password, and to end.
 PATIENCE = 20.0
@@ -29,7 +29,7 @@ PATIENCE = 20.0
 
 def run_id(run_dir: Path, is_new: bool) -> str:
     """By what trackers know this run: kept with it, and another where it starts over."""
-    path = run_dir / TRACKER
+    path = run_dir / runs.TRACKER
     if not is_new:
         try:
             return str(json.loads(path.read_text())["id"])

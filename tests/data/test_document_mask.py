@@ -30,6 +30,7 @@ from gpt2_hf.knobs import ConfigError
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
 from gpt2_hf.runs import read_rows
 from gpt2_hf.training import start
+from gpt2_hf.training.distributed import Host
 from gpt2_hf.training.loop import train
 from gpt2_hf.training.measures import build_document_mask
 
@@ -377,7 +378,7 @@ def test_a_run_cannot_change_it_on_the_way(data, tmp_path, monkeypatch, saved):
     monkeypatch.setattr(start.checkpoint, "read_state", lambda folder: {"step": 3, **saved})
     before = saved.get("data.document_mask", False)
     for now in (False, True):
-        arguments = recipe(data, tmp_path, document_mask=now), open_split(data, "train"), PartialState(cpu=True)
+        arguments = recipe(data, tmp_path, document_mask=now), open_split(data, "train"), Host(PartialState(cpu=True))
         if now == before:
             assert start.find_start(*arguments) == start.Start(tmp_path / "checkpoints" / "step-00000003", 3)
         else:

@@ -54,4 +54,4 @@ def test_a_model_under_a_checkpoints_name_is_refused_in_a_line(tmp_path):
     folder = tmp_path / "checkpoints" / "step-00000010"
     write_folder(folder, lambda path: (path / "model.safetensors").write_text("weights"))
     with pytest.raises(ConfigError, match=r"no run can go on from it: trainer_state/state\.json cannot be read"):
-        find_start(config, None, PartialState(cpu=True))
+        find_start(config, None, Host(PartialState(cpu=True)))

@@ -18,6 +18,7 @@ from gpt2_hf.config import ResumeSection
 from gpt2_hf.data.shards import open_split
 from gpt2_hf.knobs import ConfigError
 from gpt2_hf.runs import read_rows
+from gpt2_hf.training.distributed import Host
 from gpt2_hf.training.loop import train
 from gpt2_hf.training.start import Start, find_start
 
@@ -34,7 +35,7 @@ def asked(config, mode: str = "auto", from_: str | Path | None = None, force: tu
 
 
 def start_of(config) -> Start:
-    return find_start(config, open_split(config.data.path, "train"), PartialState(cpu=True))
+    return find_start(config, open_split(config.data.path, "train"), Host(PartialState(cpu=True)))
 
 
 def refusal(config) -> str:

@@ -25,6 +25,7 @@ from gpt2_hf.knobs import ConfigError
 from gpt2_hf.runs import read_rows
 from gpt2_hf.training import build, checkpoint, run_folder
 from gpt2_hf.training import loop as training
+from gpt2_hf.training.distributed import Host
 from gpt2_hf.training.loop import train, train_step
 from gpt2_hf.training.metrics import RunLog
 from gpt2_hf.training.run_folder import RECORDS, FolderGone, RowFile, RunFolder
@@ -108,7 +109,7 @@ def test_a_run_whose_folder_is_taken_away_goes_on_in_another(data, tmp_path, mon
 
 
 def test_what_is_left_when_the_folder_is_gone_has_a_place_beside_it(tmp_path):
-    with RunFolder(tmp_path / "run", PartialState(cpu=True)) as folder:
+    with RunFolder(tmp_path / "run", Host(PartialState(cpu=True))) as folder:
         folder.record("train:\n  steps: 3\n", {"device": "cpu"}, 0)
         folder.rows = RowFile(tmp_path / "run" / "metrics.jsonl", [{"step": 1}])
         folder.rows.write({"step": 2})
@@ -253,7 +254,7 @@ def test_secrets_of_urls_are_masked(text, masked):
 def test_no_secret_is_written_down(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["pretrain.py", "--data.path", "s3://me:hunter2@bucket/x"])
     config = "data:\n  path: s3://me:hunter2@bucket/x\n"
-    with RunFolder(tmp_path / "run", PartialState(cpu=True)) as folder:
+    with RunFolder(tmp_path / "run", Host(PartialState(cpu=True))) as folder:
         folder.record("data:\n  path: s3://me:hunter2@other/x\n", {"command": sys.argv}, 0)
         folder.record(config, {"command": sys.argv}, 5)
     said = capsys.readouterr().out
