@@ -14,6 +14,7 @@ a folder (a README.md in ``final``) is not ours to delete: it stays when the fol
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -32,8 +33,9 @@ STATE = f"{TRAINER_STATE}/state.json"  # the step, and what run it is
 REWIND = "rewind.json"  # the last time that the run went back to a checkpoint
 TAKEN = "resumed_from.json"  # the checkpoint that `resume.from` named and the run has gone on from
 TRACKER = "tracker.json"  # by what name trackers know the run
+EVALUATIONS = "evaluations.jsonl"  # a row for each model that was evaluated after training, or beside the run's own
 # Small files beside the models: what was measured, and how the run was started.
-RECORDS = ("metrics.jsonl", "config.yaml", "environment.json", "starts.jsonl", REWIND, TAKEN, TRACKER)
+RECORDS = ("metrics.jsonl", "config.yaml", "environment.json", "starts.jsonl", EVALUATIONS, REWIND, TAKEN, TRACKER)
 # Beside the weights and a README.md, all that a gpt2 folder has had since 2019.
 STOCK_FILES = (
     "config.json",
@@ -178,6 +180,17 @@ def same_weights(a: Path, b: Path) -> bool:
         return False
     names = {name for name in (first | second) if name.endswith(".safetensors")}
     return bool(names) and all(first.get(name) == second.get(name) for name in names)
+
+
+def weights_hash(folder: Path) -> str:
+    """64 hex digits that a gpt2 folder's weight files have alone, read anew: figures are of these and of no others.
+
+    Raises OSError, or FileNotFoundError when there are none.
+    """
+    files = sorted(path for path in folder.iterdir() if _WEIGHTS.fullmatch(path.name))
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no weights")
+    return hashlib.sha256(json.dumps([[path.name, sha256(path)] for path in files]).encode()).hexdigest()
 
 
 def saved_steps(root: Path) -> dict[int, Path]:

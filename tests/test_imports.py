@@ -18,7 +18,8 @@ ROOMS = {
     "evaluation": {"model", "data"},
     "training": {"model", "data", "evaluation"},
     "reporting": {"model", "data"},
-    "sharing": {"model", "data"},
+    "sharing": {"model", "data", "evaluation"},
+    "planning": {"model", "data", "evaluation", "training"},
     "benchmark": {"model", "data", "corpus", "evaluation", "training"},
 }
 GROUND = [
@@ -30,8 +31,9 @@ GROUND = [
     "schedules",
     "config",
     "cli",
+    "reference",
 ]  # each may import those before it
-HEAVY = ("datatrove", "datasets", "lm_eval", "matplotlib", "tiktoken", "pyarrow")
+HEAVY = ("datatrove", "datasets", "lm_eval", "matplotlib", "bokeh", "tiktoken", "pyarrow")
 FILES = [path for path in PACKAGE.rglob("*.py") if "assets" not in path.parts]
 
 
