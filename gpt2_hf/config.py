@@ -34,6 +34,8 @@ class ModelSection(Knobs):
         vocab_size: rows of the embedding; must fit the data's tokenizer.
         dropout: probability, on embeddings, attention weights and residual branches alike.
         attn_implementation: auto, or a name that transformers knows: sdpa, eager, flex_attention, flash_attention_2...
+        init_from: begin with the weights of a gpt2 folder, a run or a model of the Hub, of the same shape, instead of
+            random ones; short: --init_from. A resumed run needs them no more.
     """
 
     _prefix: ClassVar[str] = "model."
@@ -46,6 +48,7 @@ class ModelSection(Knobs):
     vocab_size: Count | None = None
     dropout: Annotated[float, Range(0, below=1)] = 0.0
     attn_implementation: Annotated[str, Filled()] = "auto"
+    init_from: Annotated[str, PathName()] | None = None
 
     def gpt_config(self) -> GPTConfig:
         """The model's own configuration. Raises ConfigError for a shape that cannot be."""
@@ -249,6 +252,7 @@ class RunConfig(Knobs):
         ConfigError: when the parts do not fit together.
     """
 
+    ALIASES: ClassVar[dict[str, str]] = {"init_from": "model.init_from"}  # on the command line
     # Other programs' names, and what to say to them.
     HINTS: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("learning_rate", "max_lr"), "use optim.lr"),
@@ -266,7 +270,7 @@ class RunConfig(Knobs):
         **dict.fromkeys(("grad_clip", "gradient_clipping"), "use optim.max_grad_norm"),
         **dict.fromkeys(("wandb", "report_to", "wandb_log"), "use --train.trackers '[wandb]'"),
         **dict.fromkeys(
-            ("resume", "resume_from_checkpoint", "init_from"),
+            ("resume", "resume_from_checkpoint"),
             "a run resumes by itself: start it again, or use resume.from for a checkpoint that is not its newest",
         ),
         **dict.fromkeys(("from_", "start_from", "resume_from"), "use resume.from"),

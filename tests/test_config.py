@@ -171,6 +171,7 @@ def test_every_knob_is_used_by_a_recipe_or_has_a_stated_reason():
     reasons = {
         "vocab_size": "other tokenizers",
         "attn_implementation": "what auto picks can be wrong",
+        "init_from": "the weights of another model",
         "eps": "published value, ablations",
         "betas": "published value, ablations",
         "max_grad_norm": "published value, ablations",

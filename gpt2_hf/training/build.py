@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from ..model.versions import check_first_step
 from . import checkpoint
 from .distributed import Host, distribute, hide_shards_from_accelerate, sharding_mesh
 from .heart import collective_timeout
+from .initial import InitialWeights, find_initial_weights, load_initial_weights, model_config
 from .kernels import KernelCheck
 from .measures import Measures, build_document_mask
 from .metrics import RunLog, Throughput, flops_per_token
@@ -88,7 +89,8 @@ def build(
     if mesh is not None and precision == "fp16":
         raise ConfigError("train.precision fp16 needs the whole model on each GPU: leave FSDP out, or use bf16 or fp32")
     accelerator = build_accelerator(config, precision)
-    bare_model = build_model(config, start.checkpoint, accelerator, precision)
+    initial = None if start.checkpoint else host.first(lambda: find_initial_weights(config))
+    bare_model = build_model(config, start.checkpoint, accelerator, precision, initial)
     tokenizer = load_tokenizer()
     model = distribute(bare_model, accelerator, mesh, DTYPES[precision])
     optimizers = build_optimizers(bare_model, config.optim, state.device)
@@ -105,7 +107,7 @@ def build(
     measures = Measures(config, accelerator, bare_model, tokenizer, data.val, DTYPES[precision], stop.safe_point)
     documents = build_document_mask(config, data.train, bare_model, DTYPES[precision])
     throughput = build_throughput(config, accelerator, bare_model, precision)
-    log = open_log(config, accelerator, folder, start, data.train, precision)
+    log = open_log(config, accelerator, folder, start, data.train, precision, initial)
     # A host of its own, as its thread talks while training may.
     savers = Host(state, collective_timeout(config.train.timeout_s))
     saver = checkpoint.Saver(savers, bare_model, optimizers, tokenizer, warn=log.say, waiting=stop.heart.moved)
@@ -184,9 +186,17 @@ def build_accelerator(config: RunConfig, precision: str) -> Accelerator:
 
 
 def build_model(
-    config: RunConfig, resume_from: Path | None, accelerator: Accelerator, precision: str
+    config: RunConfig,
+    resume_from: Path | None,
+    accelerator: Accelerator,
+    precision: str,
+    initial: InitialWeights | None = None,
 ) -> GPTForCausalLM:
-    """The model, new or from a checkpoint, in fp32 (fp64 when asked for), with its blocks compiled where possible."""
+    """The model, new or from a checkpoint, in fp32 (fp64 when asked for), with its blocks compiled where possible.
+
+    Args:
+        initial: what a new model's weights are; random ones by default.
+    """
     device = accelerator.device
     obstacle = {"off": "switched off", "on": None}.get(config.train.compile, hardware.compile_obstacle(device))
     try:
@@ -201,7 +211,7 @@ def build_model(
     except ValueError as error:
         raise ConfigError(f"model.attn_implementation: {error}") from None
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    gpt_config = config.model.gpt_config()
+    gpt_config = model_config(config, resume_from or (initial.source if initial else None))
     if resume_from:  # with the present configuration: dropout may have changed since
         model = GPTForCausalLM.from_pretrained(
             resume_from, config=gpt_config, dtype=dtype, attn_implementation=attention
@@ -212,6 +222,9 @@ def build_model(
         model = GPTForCausalLM(gpt_config)
         if precision == "fp64":
             model.double()
+        if initial:
+            load_initial_weights(model, initial)
+            accelerator.print(f"beginning with the weights of {initial.source}")
     model.to(device).train()
     # The head's gradient covers the tied matrix already: add this batch's rows to it, not another whole matrix. (CUDA
     # would have to count the rows on the host; DDP takes "sparse" for the sum's form.)
@@ -255,10 +268,12 @@ def open_log(
     start: Start,
     data: ShardSet,
     precision: str,
+    initial: InitialWeights | None,
 ) -> RunLog:
     """Write down what the run is, start the trackers, and open metrics.jsonl."""
     run_dir = folder.path
-    folder.record(config.to_yaml(), environment(accelerator, data, precision), start.step)
+    begun_with = {"init_from": asdict(initial)} if initial else {}
+    folder.record(config.to_yaml(), environment(accelerator, data, precision) | begun_with, start.step)
     accelerator.wait_for_everyone()
     trackers = None
     if config.train.trackers and accelerator.is_main_process:

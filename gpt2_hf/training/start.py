@@ -24,11 +24,11 @@ from ..files import whole_file
 from ..knobs import ConfigError
 from . import checkpoint, stored_run
 from .distributed import Host
+from .initial import SHAPE
 
 MOST_NAMED = 5  # bad checkpoints in an error
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
-SHAPE = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
 # With another one of these the weights or the optimizers' state would not load.
 UNFORCEABLE = {"model.n_layer", "model.n_embd", "model.n_positions", "model.vocab_size", "optim.name"}
 
@@ -134,6 +134,7 @@ def identity(config: RunConfig, data: ShardSet) -> dict[str, Any]:
         "train.global_batch_tokens": config.train.global_batch_tokens,
         "train.overfit_batch": config.train.overfit_batch,
         "optim.name": config.optim.name,
+        "model.init_from": config.model.init_from,
     }
 
 
@@ -294,7 +295,7 @@ def _check(config: RunConfig, data: ShardSet, found: Path, rewind: Rewind | None
 
 def _refuse_other(config: RunConfig, data: ShardSet, saved: dict[str, Any], place: str) -> None:
     """Raise ConfigError when a checkpoint's state is that of another run, naming all that differs and is not forced."""
-    saved = {"data.document_mask": False} | saved  # older checkpoints don't name it
+    saved = {"data.document_mask": False, "model.init_from": None} | saved  # older checkpoints don't name these
     now = identity(config, data)
     if unknown := set(config.resume.force) - now.keys():
         raise ConfigError(f"resume.force: {', '.join(sorted(unknown))} is not among {', '.join(now)}")

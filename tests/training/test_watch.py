@@ -139,6 +139,7 @@ IDENTITY = {
     "model.vocab_size": 252,
     "data.seq_len": 16,
     "data.document_mask": True,
+    "model.init_from": "another",
     "optim.name": "muon",
     "train.seed": 3,
     "train.global_batch_tokens": 8 * 32,
