@@ -9,6 +9,8 @@ from ..knobs import ConfigError, Filled, PathName, Range
 from .contamination import describe_evaluations
 from .read import Source
 
+VAL_FRACTION = 0.01  # by default
+
 SHAKESPEARE_VAL = ("a-midsummer-night-s-dream", "macbeth")
 
 
@@ -29,7 +31,8 @@ class PrepareConfig(Source):
         out: folder to write to.
         workers: processes; 0 means one per core. The shards do not depend on it.
         tokens_per_shard: a new shard starts when the last one has this many tokens.
-        val_fraction: share of the documents held out for validation, 0 for none (default 0.01).
+        val_fraction: share of the documents held out for validation, 0 for none (default 0.01, and so many more that
+            there are about 8,000 tokens, or a tenth of a small corpus).
         val_documents: or the number of documents held out (copies of one text stay together).
         val_ids: or the ids of the documents held out (field "id"; for a .txt file its name without suffix).
         on_error: what to do with a document or file that cannot be used: skip it and report it, or stop.
@@ -87,7 +90,7 @@ class PrepareConfig(Source):
             return self
         if self.inputs == ("shakespeare",):
             return replace(self, val_ids=SHAKESPEARE_VAL)
-        return replace(self, val_fraction=0.01)
+        return replace(self, val_fraction=VAL_FRACTION)
 
     def recorded(self) -> dict[str, Any]:
         """What the shards depend on, as JSON: no worker count, and names in place of local paths."""

@@ -27,12 +27,14 @@ from ..files import to_disk, whole_file
 from ..program import UserError
 from .audit import ERRORS, EXCERPT, REPORTS_PER_TASK, Tally, add_line_numbers, sentence, write_reports
 from .read import Piece
+from .settings import VAL_FRACTION
 
 if TYPE_CHECKING:
     from datatrove.data import Document
 
 COPY_TOKENS = 2**23
-LEAST_HELD_OUT = 8192  # tokens of a document that is alone, or a tenth of it: several windows of 1,024
+LEAST_HELD_OUT = 8192  # tokens, or a tenth of a small corpus: several windows of 1,024
+BYTES_PER_TOKEN = 4  # of English prose, about
 NEAR = 256  # tokens; so near a line's end is looked for
 # Kept of each document beside its tokens: where it ends, in tokens and in bytes of text; a hash of its text, which
 # decides the split and finds exact copies; whether its id was named for validation; where it was read, for the report.
@@ -269,7 +271,17 @@ class WriteShards:
             return int(np.partition(kept, count - 1)[count - 1]) if count else None
         if not split.val_fraction:
             return None
-        return max(int(split.val_fraction * 2**64) - 1, int(kept.min()))  # at least one document
+        last_key = max(int(split.val_fraction * 2**64) - 1, int(kept.min()))  # at least one document
+        return last_key if split.val_fraction != VAL_FRACTION else max(last_key, self._key_of_enough(records))
+
+    def _key_of_enough(self, records: "_Records") -> int:
+        """The largest hash of the documents that make `LEAST_HELD_OUT`, or a tenth of a small corpus; at most half."""
+        kept = ~records.dropped
+        keys, number = np.unique(records.hashes[kept], return_inverse=True)
+        so_far = np.cumsum(np.bincount(number, records.sizes[kept].astype(np.int64)))
+        enough = min(LEAST_HELD_OUT * BYTES_PER_TOKEN, so_far[-1] / 10)
+        most = max(int(np.searchsorted(so_far, so_far[-1] / 2, "right")) - 1, 0)
+        return int(keys[min(int(np.searchsorted(so_far, enough)), most)])
 
 
 class _Records:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -228,3 +229,15 @@ def test_names_that_the_console_lacks_end_nothing(tmp_path: Path):
         assert done.returncode == 0, done.stderr
     assert r"bad\udce9.jsonl:2: not valid UTF-8" in (tmp_path / "out" / "logs" / "dropped.txt").read_text("utf-8")
     assert json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))["dropped"]["broken"]["documents"] == 1
+
+
+@pytest.mark.parametrize(("n_documents", "held_out"), [(12, "a tenth"), (79, "a tenth"), (400, "8,192 tokens")])
+def test_a_small_corpus_has_enough_to_validate_on(tmp_path: Path, n_documents: int, held_out: str):
+    """1% of the documents, the default, would be next to nothing: so many more, and not one above."""
+    rng = random.Random(n_documents)
+    texts = [" ".join(rng.choices(["house", "river", "green"], k=rng.randint(200, 400))) for _ in range(n_documents)]
+    prepare(config(tmp_path, write_jsonl(tmp_path / "docs.jsonl", texts)))
+    sizes = sorted(map(len, texts_of(tmp_path / "out", "val")))
+    enough = {"a tenth": sum(map(len, texts)) // 10, "8,192 tokens": 8192 * 4}[held_out]
+    assert sum(sizes) >= enough > sum(sizes) - sizes[-1]
+    assert len(texts_of(tmp_path / "out", "train")) == n_documents - len(sizes)
