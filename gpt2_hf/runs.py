@@ -274,6 +274,29 @@ def find_model(folder: Path, say: Callable[[str], None] = print) -> Path:
     return found
 
 
+def run_of(path: Path) -> Path | None:
+    """The run's folder that ``path`` is, or that the model at ``path`` lies in; None: it is no run's."""
+    inside = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    if any((path / name).is_dir() for name in ("checkpoints", "final")):
+        return path
+    is_model = path.parent.name == "checkpoints" or path.name == "final"
+    return inside if is_model and (inside / "metrics.jsonl").is_file() else None
+
+
+def step_of(folder: Path) -> int | None:
+    """After how many steps a run had the model in one of its folders; None where nobody knows."""
+    if match := STEP_FOLDER.fullmatch(folder.name):
+        return int(match[1])
+    run = run_of(folder)
+    if run is None or folder.name != "final":
+        return None
+    kept = saved_steps(run / "checkpoints") if (run / "checkpoints").is_dir() else {}
+    if kept:
+        return max((step for step, path in kept.items() if same_weights(path, folder)), default=None)
+    steps = [row["step"] for row in read_rows(run / "metrics.jsonl") if isinstance(row.get("step"), int)]
+    return max(steps, default=None)
+
+
 def newest_run(runs: str | Path = "runs") -> Path | None:
     """The checkpoint folder written last under `runs`: a run's `final`, or one of its `checkpoints/step-*`."""
     found = [*Path(runs).glob("*/final"), *Path(runs).glob("*/checkpoints/step-*")]

@@ -43,6 +43,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .validation import IGNORE, Autocast, Reduce, evaluating, sum_over_ranks, token_losses
 
+HELLASWAG_ITEMS = 10_042
 ENDINGS = 4
 WAYS = ("lm_eval", "lecture")
 LENGTH_MULTIPLE = 8  # of HellaSwag's rows: attention kernels of GPUs want masks aligned so

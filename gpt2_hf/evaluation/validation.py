@@ -56,6 +56,7 @@ def validation_loss(
     reduce: Reduce | None = None,
     autocast: Autocast = nullcontext,
     documents: DocumentMask | None = None,
+    window_losses: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Mean loss over the first `n_windows` windows of a validation stream; the same on any batch size and rank count.
 
@@ -64,6 +65,7 @@ def validation_loss(
         reduce: sums a float64 tensor over the ranks; needed when world_size > 1.
         autocast: makes the context that each forward call runs in.
         documents: for a model trained with a document mask: then no token sees another document here either.
+        window_losses: is filled with the mean loss of each window, (n_windows,) float64, in nats per token.
 
     Returns:
         val_loss, nats per target token, and val_bpb, bits per UTF-8 byte of the targets' text. <|endoftext|> has no
@@ -78,7 +80,7 @@ def validation_loss(
         )
     device = torch.device(device)
     byte_lengths = token_byte_lengths()
-    losses, totals = [], np.zeros(3)  # nats, tokens, bytes
+    losses, scored, totals = [], [], np.zeros(3)  # nats, tokens, bytes
     with evaluating(model):
         for first in range(0, n_windows, batch_size * world_size):
             start = first + rank * batch_size
@@ -93,6 +95,11 @@ def validation_loss(
                 told |= documents(told["input_ids"], input_ids)
             told["shift_labels"] = torch.from_numpy(labels).to(device)
             losses.append(token_losses(model, autocast, **told).sum(-1))
+            scored.append(np.where(np.arange(batch_size) < count, start + np.arange(batch_size), n_windows))
     totals[0] = torch.cat(losses).cpu().double().sum()  # read only now, so that no call waited for the one before
+    if window_losses is not None:
+        nats_of = np.zeros(n_windows + 1)  # the last is what padding came to
+        nats_of[np.concatenate(scored)] = torch.cat(losses).cpu().double().numpy()
+        window_losses[:] = sum_over_ranks(nats_of[:-1], device, reduce) / stream.seq_len
     nats, n_tokens, n_bytes = sum_over_ranks(totals, device, reduce)
     return {"val_loss": float(nats / n_tokens), "val_bpb": float(nats / math.log(2) / n_bytes)}

@@ -433,11 +433,13 @@ def test_evaluate_folder_gives_all_figures(make_shards, tmp_path, small_task):
     stream = TokenStream(open_split(data, "val"), N_POSITIONS, seed=0, shuffle=False)
     expected = small_task.score(model, **SMALL).metrics
     expected |= validation_loss(model, stream, n_windows=stream.n_windows, batch_size=2, device="cpu")
-    assert results == pytest.approx(expected)
-    assert evaluate_folder(tmp_path / "model", data, hellaswag_items=0, n_windows=2, device="cpu").keys() == {
-        "val_loss",
-        "val_bpb",
-    }
+    del expected["hellaswag_stderr"]  # of which each figure has its own
+    assert {name: results[name] for name in expected} == pytest.approx(expected)
+    for name in ("acc", "acc_norm", "lecture_acc"):
+        share = results[f"hellaswag_{name}"]
+        assert results[f"hellaswag_{name}_stderr"] == pytest.approx((share * (1 - share) / 11) ** 0.5)
+    found = evaluate_folder(tmp_path / "model", data, hellaswag_items=0, n_windows=2, device="cpu")
+    assert found.keys() == {"val_loss", "val_bpb", "val_ppl", "val_loss_stderr"}
 
 
 def test_a_folder_without_all_weights_is_refused(tmp_path):
@@ -469,7 +471,7 @@ def run_script(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch)
         (["model", "--device", "abacus"], "device 'abacus'"),
         (["model", "--dtype", "int8"], "dtype"),
         (["model", "--hellaswag", "3"], "--hellaswag"),
-        ([], "folder"),
+        ([], "models"),
     ],
 )
 def test_evaluate_script_says_what_is_wrong_in_one_line(arguments, message, monkeypatch, tmp_path, capsys):
@@ -493,7 +495,7 @@ def test_evaluate_script_prints_a_table(make_shards, monkeypatch, tmp_path, caps
     runpy.run_path(str(REPO / "scripts" / "evaluate.py"), run_name="__main__")
     out = capsys.readouterr().out
     assert "GPT-2 124M" in out and "0.2955" in out and "HellaSwag on 8 of 10,042 items" in out
-    assert re.search(r"\nvalidation loss \(nats per token\) +10\.\d{4} ", out)
+    assert re.search(r"\nvalidation loss \(nats per token\) +10\.\d{4} ± 0\.\d{4} ", out)
 
 
 def test_the_race_with_the_harness_finds_the_same_picks(tmp_path):
