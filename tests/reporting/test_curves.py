@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2_hf.reporting.curves import ReportError, build_figure, format_tokens, plot_curves, plot_runs, read_run
+from gpt2_hf.reporting.curves import build_figure, plot_curves, plot_runs
+from gpt2_hf.reporting.measured import ReportError, format_tokens, read_run
 
 matplotlib = pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 
@@ -75,11 +76,19 @@ def test_panels_and_legends(make_run):
 @pytest.mark.parametrize(
     ("options", "val_marks", "hellaswag_marks"),
     [
-        ({}, {"GPT-2 124M\n3.2924"}, {"GPT-2 124M\n29.55%", "GPT-3 124M\n33.70%"}),
-        ({"path": "/data/FineWeb-10BT"}, {"GPT-2 124M\n3.4250"}, {"GPT-2 124M\n29.55%", "GPT-3 124M\n33.70%"}),
-        ({"path": "data/shakespeare"}, set(), {"GPT-2 124M\n29.55%", "GPT-3 124M\n33.70%"}),
-        ({"preset": "gpt2-medium"}, set(), {"GPT-2 355M\n37.52%"}),
-        ({"preset": "gpt2-medium", "path": "fineweb"}, {"GPT-2 355M\n3.0831"}, {"GPT-2 355M\n37.52%"}),
+        ({}, {"GPT-2 124M\n3.2924 published"}, {"GPT-2 124M\n29.55% published", "GPT-3 124M\n33.70% published"}),
+        (
+            {"path": "/data/FineWeb-10BT"},
+            {"GPT-2 124M\n3.4250 published"},
+            {"GPT-2 124M\n29.55% published", "GPT-3 124M\n33.70% published"},
+        ),
+        ({"path": "data/shakespeare"}, set(), {"GPT-2 124M\n29.55% published", "GPT-3 124M\n33.70% published"}),
+        ({"preset": "gpt2-medium"}, set(), {"GPT-2 355M\n37.52% published"}),
+        (
+            {"preset": "gpt2-medium", "path": "fineweb"},
+            {"GPT-2 355M\n3.0831 published"},
+            {"GPT-2 355M\n37.52% published"},
+        ),
         ({"n_layer": 4}, set(), set()),
         ({"preset": None}, set(), set()),
     ],
