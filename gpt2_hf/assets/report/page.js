@@ -1,0 +1,128 @@
+// What the reader does with the plots: another x axis, a run hidden, light or dark; kept over a reload.
+(() => {
+  "use strict";
+  const page = JSON.parse(document.getElementById("page").textContent);
+  const inks = {
+    light: { text: "#3b434b", grid: "#e3e6ea", axis: "#8a939c", mark: "#555d66" },
+    dark: { text: "#c3cad1", grid: "#2b333b", axis: "#76808a", mark: "#a9b2bb" },
+  };
+  const palettes = {
+    light: ["#2563a8", "#c4541a", "#3f8f4f", "#8b4fa3", "#9a7410", "#257f8b", "#a03a52", "#5f6670"],
+    dark: ["#6fa8e8", "#f0904f", "#7cc98b", "#c697dc", "#d9b44a", "#62c0cc", "#e98aa0", "#b0b8c1"],
+  };
+  const units = [[1e9, "B"], [1e6, "M"], [1e3, "K"]];
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const storageKey = `report ${location.pathname}`;
+  const hidden = new Set();
+  let axis = "tokens";
+
+  window.reportNumber = (number) => {
+    const size = Math.abs(number);
+    if (size && size < 0.01) return (+number.toPrecision(4)).toExponential();
+    const [unitSize, unit] = units.find(([unitSize]) => size >= unitSize) ?? [1, ""];
+    return `${+(number / unitSize).toPrecision(4)}${unit}`;
+  };
+  window.reportTick = (tick) => {
+    if (axis === "hours") return `${+tick.toPrecision(6)} h`;
+    return (axis === "dollars" ? "$" : "") + window.reportNumber(tick);
+  };
+
+  const plots = () => Bokeh.documents[0].roots();
+  const xRange = () => plots()[0].x_range;
+
+  function showTheme() {
+    const name = dark.matches ? "dark" : "light", ink = inks[name];
+    for (const plot of plots()) {
+      for (const part of [...plot.left, ...plot.below]) {
+        part.setv({ axis_label_text_color: ink.text, major_label_text_color: ink.text, axis_line_color: ink.axis,
+          major_tick_line_color: ink.axis });
+      }
+      for (const part of plot.center) {
+        if ("grid_line_color" in part) part.grid_line_color = ink.grid;
+        else if ("text_color" in part) part.text_color = ink.mark;
+        else if ("location" in part) part.line_color = ink.mark;
+      }
+      for (const renderer of plot.renderers) {
+        const color = palettes[name][renderer.glyph.tags[0]];
+        for (const glyph of [renderer.glyph, renderer.muted_glyph, renderer.nonselection_glyph]) {
+          if (glyph && "line_color" in glyph) glyph.line_color = color;
+          if (glyph && "fill_color" in glyph) glyph.fill_color = color;
+        }
+      }
+    }
+    for (const swatch of document.querySelectorAll("[data-color]")) {
+      if (swatch.dataset.color >= 0) swatch.style.borderTopColor = palettes[name][swatch.dataset.color];
+    }
+  }
+
+  function showAxis(name) {
+    axis = name;
+    const end = page.ends[name] || 1, start = -0.015 * end;
+    for (const plot of plots()) {
+      for (const { glyph } of plot.renderers) {
+        for (const coordinate of ["x", "x0", "x1"]) if (coordinate in glyph) glyph[coordinate] = { field: name };
+      }
+      for (const part of plot.below) part.axis_label = page.labels[name];
+    }
+    xRange().setv({ start, end: -start + end, reset_start: start, reset_end: -start + end });
+    press("[data-axis]", (button) => button.dataset.axis === name);
+  }
+
+  function showRuns() {
+    for (const plot of plots()) {
+      for (const renderer of plot.renderers) renderer.visible = !hidden.has(renderer.glyph.tags[1]);
+    }
+    press("[data-run]", (button) => !hidden.has(+button.dataset.run));
+  }
+
+  function press(selector, isPressed) {
+    for (const button of document.querySelectorAll(selector)) button.setAttribute("aria-pressed", isPressed(button));
+  }
+
+  function remember() {
+    const ranges = [xRange(), ...plots().map((plot) => plot.y_range)].map(({ start, end }) => [start, end]);
+    try {
+      sessionStorage.setItem(storageKey, JSON.stringify({ axis, hidden: [...hidden], ranges, atEnd: page.ends[axis] }));
+    } catch { /* without storage a reload begins anew */ }
+  }
+
+  function recall() {
+    let state = null;
+    try {
+      state = JSON.parse(sessionStorage.getItem(storageKey));
+    } catch { /* as above */ }
+    if (!state || !(state.axis in page.ends) || state.ranges.length !== plots().length + 1) return;
+    showAxis(state.axis);
+    state.hidden.forEach((run) => hidden.add(run));
+    const [[start, end], ...ys] = state.ranges;
+    const isZoomed = Math.abs(start + 0.015 * state.atEnd) > 1e-6 * state.atEnd ||
+      Math.abs(end - 1.015 * state.atEnd) > 1e-6 * state.atEnd;
+    if (!isZoomed) return; // new rows are in view
+    xRange().setv({ start, end });
+    plots().forEach((plot, i) => plot.y_range.setv({ start: ys[i][0], end: ys[i][1] }));
+  }
+
+  function begin() {
+    if (!window.Bokeh?.documents.length) return void setTimeout(begin, 20);
+    if (window.matchMedia("(pointer: coarse)").matches) {
+      for (const plot of plots()) plot.toolbar.active_drag = null; // a finger scrolls the page
+    }
+    showTheme();
+    showAxis(axis);
+    recall();
+    showRuns();
+    dark.addEventListener("change", showTheme);
+    document.addEventListener("click", ({ target }) => {
+      const button = target.closest("button");
+      if (button?.dataset.axis) showAxis(button.dataset.axis);
+      if (button?.dataset.run) {
+        const run = +button.dataset.run;
+        if (!hidden.delete(run)) hidden.add(run);
+        showRuns();
+      }
+    });
+    window.addEventListener("pagehide", remember);
+    if (page.refresh_s) setTimeout(() => location.reload(), 1000 * page.refresh_s);
+  }
+  begin();
+})();
