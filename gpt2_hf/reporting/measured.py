@@ -51,6 +51,21 @@ DRAWN = (
 )
 
 
+# What two starts may have otherwise beside their settings, as environment.json names it.
+CIRCUMSTANCES = (
+    "git_commit",
+    "python",
+    "torch",
+    "transformers",
+    "accelerate",
+    "platform",
+    "device",
+    "processes",
+    "precision",
+    "data_fingerprint",
+)
+
+
 class ReportError(UserError):
     """There is nothing to draw; the message is one line that says what is missing."""
 

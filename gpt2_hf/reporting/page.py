@@ -5,29 +5,17 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from ..files import mask, whole_file
-from .measured import Run, differences, flat, format_tokens, read_run
+from .measured import CIRCUMSTANCES, Run, differences, flat, format_tokens, read_run
 from .plots import Axes, Plot, build_plots
 
 MOST_SAMPLED_STEPS = 24  # of a run: the first, the last, and some between
 
-# What a start may have otherwise than the one before it, beside its settings.
-CIRCUMSTANCES = (
-    "git_commit",
-    "python",
-    "torch",
-    "transformers",
-    "accelerate",
-    "platform",
-    "device",
-    "processes",
-    "precision",
-    "data_fingerprint",
-)
 # Figure of an evaluation -> its heading, how it is written, and the figure that is its standard error.
 FIGURES = {
     "val_loss": ("validation loss", "{:.4f}", "val_loss_stderr"),
@@ -76,8 +64,8 @@ def build_page(runs: Sequence[Run], price: float | None = None, refresh_s: int |
     data = {"ends": axes.ends, "labels": axes.labels, "refresh_s": refresh_s}
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
     sections = (
-        _section("Evaluations", _evaluations(runs)),
         _section("What differs", _what_differs(runs)),
+        _section("Evaluations", _evaluations(runs)),
         _section("Samples", _samples(runs)),
         _section("Starts and events", _starts(runs)),
         _section("Settings and environment", _settings(runs)),
@@ -124,11 +112,23 @@ def _section(title: str, content: str) -> str:
 def _table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """Cells are text, whatever is in them."""
     lines = "".join(
-        f"<tr><th scope='row'>{_text(first)}</th>{''.join(f'<td>{_text(cell)}</td>' for cell in rest)}</tr>"
+        f"<tr><th scope='row'>{_text(first)}</th>"
+        + "".join(
+            f"<td data-head='{_text(name)}'>{_text(cell)}</td>" for name, cell in zip(head[1:], rest, strict=True)
+        )
+        + "</tr>"
         for first, *rest in rows
     )
     headings = "".join(f"<th scope='col'>{_text(cell)}</th>" for cell in head)
     return f"<div class='table'><table><thead><tr>{headings}</tr></thead><tbody>{lines}</tbody></table></div>"
+
+
+def _when(moment: object) -> str:
+    """A record's time, to the minute."""
+    try:
+        return f"{datetime.fromisoformat(str(moment)):%Y-%m-%d %H:%M %z}".strip()
+    except ValueError:
+        return "" if moment is None else str(moment)
 
 
 def _of_run(runs: Sequence[Run], run: Run) -> str:
@@ -214,7 +214,7 @@ def _evaluations(runs: Sequence[Run]) -> str:
                     f"{run.name}/{row.get('model')}" if row.get("of_run") else row.get("model"),
                     *(_figure(key, figures) for key in shown),
                     _scored(row.get("data")),
-                    row.get("date", ""),
+                    _when(row.get("date")),
                     row.get("command", ""),
                 )
                 for row, figures in rows
@@ -299,7 +299,7 @@ def _starts(runs: Sequence[Run]) -> str:
             what = "; ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in changed if before)
             command = " ".join(map(str, start.get("command") or ()))
             on = f"{start.get('processes', '')} x {start.get('device', '')}"
-            lines.append((start.get("time", ""), f"step {start.get('step', '')}", on, command, what or "-"))
+            lines.append((_when(start.get("time")), f"step {start.get('step', '')}", on, command, what or "-"))
         events = [
             (f"step {row.get('step')}", text.format(row[key]))
             for row in run.rows

@@ -3,8 +3,8 @@
   "use strict";
   const page = JSON.parse(document.getElementById("page").textContent);
   const inks = {
-    light: { text: "#3b434b", grid: "#e3e6ea", axis: "#8a939c", mark: "#555d66" },
-    dark: { text: "#c3cad1", grid: "#2b333b", axis: "#76808a", mark: "#a9b2bb" },
+    light: { paper: "#ffffff", text: "#3b434b", grid: "#e3e6ea", axis: "#8a939c", mark: "#555d66" },
+    dark: { paper: "#14181c", text: "#c3cad1", grid: "#2b333b", axis: "#76808a", mark: "#a9b2bb" },
   };
   const palettes = {
     light: ["#2563a8", "#c4541a", "#3f8f4f", "#8b4fa3", "#9a7410", "#257f8b", "#a03a52", "#5f6670"],
@@ -39,7 +39,9 @@
       }
       for (const part of plot.center) {
         if ("grid_line_color" in part) part.grid_line_color = ink.grid;
-        else if ("text_color" in part) part.text_color = ink.mark;
+        else if ("text_color" in part) {
+          part.setv({ text_color: ink.mark, background_fill_color: ink.paper, background_fill_alpha: 0.75 });
+        }
         else if ("location" in part) part.line_color = ink.mark;
       }
       for (const renderer of plot.renderers) {
