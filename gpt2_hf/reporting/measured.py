@@ -284,13 +284,14 @@ def _marks(runs: Sequence[Run], key: str, published: dict[tuple[str, str], float
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """Mean over a window of about a fiftieth of the curve, centred; values that are not finite are left out of it."""
-    widest = math.ceil(len(values) / 100)
+    at = np.arange(len(values))
+    reach = np.minimum(at, math.ceil(len(values) / 100))  # narrower where the loss falls steeply, at the start
+    first, past = at - reach, np.minimum(at + reach + 1, len(values))
+    is_finite = np.isfinite(values)
+    sums = np.cumsum([0, *np.where(is_finite, values, 0)])
+    counts = np.cumsum([0, *is_finite])
     means = np.full(len(values), np.nan)
-    for at, value in enumerate(values):
-        if np.isfinite(value):
-            reach = min(widest, at)  # narrower where the loss falls steeply, at the start
-            window = values[at - reach : at + reach + 1]
-            means[at] = window[np.isfinite(window)].mean()
+    np.divide(sums[past] - sums[first], counts[past] - counts[first], out=means, where=is_finite)
     return means
 
 

@@ -12,10 +12,13 @@ from typing import Any
 
 from ..files import mask, whole_file
 from .measured import CIRCUMSTANCES, Run, differences, flat, format_tokens, read_run
-from .plots import Axes, Plot, build_plots
+from .plots import N_COLORS, Axes, Plot, build_plots
 
+# The browser refuses the page whatever is not in it.
+POLICY = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:"
 MOST_SAMPLED_STEPS = 24  # of a run: the first, the last, and some between
 
+PLUS_MINUS = "\xa0±\xa0"  # on one line with what it is of
 # Figure of an evaluation -> its heading, how it is written, and the figure that is its standard error.
 FIGURES = {
     "val_loss": ("validation loss", "{:.4f}", "val_loss_stderr"),
@@ -75,6 +78,7 @@ def build_page(runs: Sequence[Run], price: float | None = None, refresh_s: int |
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <title>{_text(title)}</title>
@@ -88,6 +92,7 @@ def build_page(runs: Sequence[Run], price: float | None = None, refresh_s: int |
 <div class="plots">{drawn}</div>
 {_how_measured(axes, price)}
 {"".join(sections)}
+<div id="values" hidden></div>
 <script type="application/json" id="page">{_json(data)}</script>
 {script}
 <script>{(assets / "page.js").read_text()}</script>
@@ -176,7 +181,7 @@ def _bar(runs: Sequence[Run], axes: Axes) -> str:
     )
     shown = "".join(
         f"<button type='button' data-run='{number}' aria-pressed='true'>"
-        f"<span class='swatch' data-color='{number % 8}'></span>{_text(run.name)}</button>"
+        f"<span class='swatch' data-color='{number % N_COLORS}'></span>{_text(run.name)}</button>"
         for number, run in enumerate(runs)
     )
     shown = f"<div role='group' aria-label='runs shown'>{shown}</div>" if len(runs) > 1 else ""
@@ -185,7 +190,8 @@ def _bar(runs: Sequence[Run], axes: Axes) -> str:
 
 def _plot(plot: Plot, place: str) -> str:
     keys = "".join(
-        f"<span class='key'><span class='swatch {dash}' data-color='{color}'></span>{_text(label)}</span>"
+        f"<span class='key'><span class='swatch {dash}'{'' if color is None else f' data-color={color}'}></span>"
+        f"{_text(label)}</span>"
         for label, color, dash in plot.keys
     )
     size = " class='main'" if plot.is_main else ""
@@ -236,7 +242,7 @@ def _figure(key: str, figures: dict[str, Any]) -> str:
     value, spread = figures.get(key), figures.get(error)
     if not isinstance(value, int | float):
         return ""
-    return form.format(value) + (f" ± {spread:.4f}" if isinstance(spread, float) else "")
+    return form.format(value) + (f"{PLUS_MINUS}{spread:.4f}" if isinstance(spread, float) else "")
 
 
 def _scored(data: Any) -> str:
@@ -248,7 +254,8 @@ def _scored(data: Any) -> str:
 def _harness(figures: dict[str, Any]) -> tuple[str, str]:
     names = [name for name, value in figures.items() if isinstance(value, float) and not name.endswith("_stderr")]
     texts = [
-        f"{name} {figures[name]:.4f}" + (f" ± {e:.4f}" if isinstance(e := figures.get(f"{name}_stderr"), float) else "")
+        f"{name} {figures[name]:.4f}"
+        + (f"{PLUS_MINUS}{e:.4f}" if isinstance(e := figures.get(f"{name}_stderr"), float) else "")
         for name in names
     ]
     return ", ".join(texts), str(figures.get("n", ""))

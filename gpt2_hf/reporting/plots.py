@@ -1,7 +1,8 @@
 """Runs -> interactive plots of bokeh, a panel for each kind of measurement, all over one x axis that can be switched.
 
-Every curve's source has a column for each thing that it can be drawn against, and one for its values; page.js chooses
-which. Colours are numbers in a palette, of which the page has one for light and one for dark.
+Every curve's source has a column for each thing that it can be drawn against, and one for its values. Which of them is
+drawn, in what colours (a palette each for light and dark) and what the pointer is told, is up to assets/report/page.js;
+it knows a curve by its glyph's tags: number in the palette, number of the run.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Panel:
 
     title: str
     unit: str
-    hover: str  # how bokeh writes a value
+    hover: tuple[str, int]  # how a value under the pointer is written: kind, and digits after the point
     curves: tuple[Curve, ...]
     limits: Callable[[np.ndarray, Sequence[Mark]], tuple[float, float]]
     marks: Callable[[Sequence[Run]], list[Mark]] = lambda runs: []
@@ -52,12 +53,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class Plot:
-    """A panel that was drawn, and what stands over it: ``keys`` are a label, a palette's colour and a dash each."""
+    """A panel that was drawn; ``keys`` say of its curves a label, a colour (None: any run's) and a dash each."""
 
     title: str
     note: str
-    keys: list[tuple[str, int, str]]
-    marks: list[str]
+    keys: list[tuple[str, int | None, str]]
     figure: Figure
     is_main: bool
 
@@ -80,7 +80,7 @@ PANELS = (
     Panel(
         "Loss",
         "nats per token",
-        "0.0000",
+        ("fixed", 4),
         (
             Curve("train_loss", "training", 0, is_noisy=True),
             Curve("val_loss", "validation", 1, "dashed"),
@@ -93,7 +93,7 @@ PANELS = (
     Panel(
         "HellaSwag",
         "accuracy",
-        "0.00%",
+        ("percent", 2),
         (
             Curve("hellaswag_lecture_acc", "the lecture's way", 0),
             Curve("hellaswag_acc_norm", "lm-eval acc_norm", 2, only_alone=True),
@@ -104,11 +104,13 @@ PANELS = (
         "{:.2%}",
         is_main=True,
     ),
-    Panel("Learning rate", "as scheduled", "0.00e+0", (Curve("lr", "learning rate"),), _from_zero),
-    Panel("Gradient norm", "before clipping", "0.000", (Curve("grad_norm", "norm", is_noisy=True),), _without_spikes),
-    Panel("Throughput", "tokens per second", "0,0", (Curve("tokens_per_sec", "tokens per second"),), _from_zero),
-    Panel("MFU", "share of the devices' peak", "0.0%", (Curve("mfu", "MFU"),), _from_zero),
-    Panel("Memory", "GB at most so far, first process", "0.00", (Curve("peak_memory", "GB"),), _from_zero),
+    Panel("Learning rate", "as scheduled", ("exponent", 2), (Curve("lr", "learning rate"),), _from_zero),
+    Panel(
+        "Gradient norm", "before clipping", ("fixed", 3), (Curve("grad_norm", "norm", is_noisy=True),), _without_spikes
+    ),
+    Panel("Throughput", "tokens per second", ("fixed", 0), (Curve("tokens_per_sec", "tokens per second"),), _from_zero),
+    Panel("MFU", "share of the devices' peak", ("percent", 1), (Curve("mfu", "MFU"),), _from_zero),
+    Panel("Memory", "GB at most so far, first process", ("fixed", 2), (Curve("peak_memory", "GB"),), _from_zero),
 )
 
 
@@ -160,67 +162,73 @@ def build_plots(runs: Sequence[Run], price: float | None = None) -> list[Plot]:
     return [_draw(panel, curves, runs, x_range, axes, MOST_POINTS // n_curves) for panel, curves in chosen]
 
 
-def _draw(
-    panel: Panel,
-    curves: Sequence[Curve],
-    runs: Sequence[Run],
-    x_range: Any,
-    axes: Axes,
-    most: int,
-) -> Plot:
-    from bokeh.models import HoverTool, Range1d
+def _draw(panel: Panel, curves: Sequence[Curve], runs: Sequence[Run], x_range: Any, axes: Axes, most: int) -> Plot:
+    from bokeh.models import Range1d
 
-    alone = len(runs) == 1
     marks = panel.marks(runs)
     values = np.concatenate([part for run in runs for curve in curves for part in _extent(run, curve)])
-    finite = values[np.isfinite(values)]
-    limits = panel.limits(finite, marks) if len(finite) else (0.0, 1.0)
+    finite = np.isfinite(values)
+    limits = panel.limits(values[finite], marks) if finite.any() else (0.0, 1.0)
     plot = _empty(panel, x_range, Range1d(*limits))
-    keys, hovered = [], []
+    drawn: dict[Curve, None] = {}  # in order
     for number, run in enumerate(runs):
         for curve in curves:
-            tokens, values = run.series(curve.key)
-            if not len(tokens):
-                continue
-            color = (curve.color if alone else number) % N_COLORS
-            dash = "solid" if alone and curve.dash == "dashed" else curve.dash
-            style = {"line_dash": dash, "tags": [color, number]}
-            if curve.is_noisy:
-                faint = _source(run, tokens, values, axes, most)
-                plot.line("tokens", "value", source=faint, line_alpha=0.3, line_width=1, tags=[color, number])
-                values = smoothed(values)
-            source = _source(run, tokens, values, axes, most)
-            name = run.name if alone else f"{run.name}: {curve.label}"
-            hovered.append(plot.line("tokens", "value", source=source, line_width=2, name=name, **style))
-            if len(tokens) <= (50 if alone else 1):
-                plot.scatter("tokens", "value", source=source, size=6, tags=[color, number])
-            _draw_error(plot, run, curve, axes, [color, number])
-            label = f"{curve.label}, smoothed over a faint line" if curve.is_noisy else curve.label
-            if alone and len(panel.curves) > 1:
-                keys.append((label, color, dash))
-            elif not alone and len(curves) > 1 and (label, -1, curve.dash) not in keys:
-                keys.append((label, -1, curve.dash))
-    tooltips = [("run", "$name"), (panel.title, f"@value{{{panel.hover}}}"), ("tokens", "@tokens{0,0}")]
-    formats = {"steps": "0,0", "hours": "0.000", "dollars": "0,0.00"}
-    tooltips += [(name, f"@{name}{{{formats[name]}}}") for name in formats if name in axes.ends]
-    plot.add_tools(HoverTool(renderers=hovered, tooltips=tooltips, mode="vline", line_policy="nearest"))
-    shown = [_draw_mark(plot, mark, panel.mark) for mark in marks]
+            if len(run.series(curve.key)[0]):
+                _draw_curve(plot, run, curve, axes, most, None if len(runs) == 1 else number)
+                drawn[curve] = None
+    _tell_pointer(plot, panel.hover)
+    for mark in marks:
+        _draw_mark(plot, mark, panel.mark)
     note = panel.unit
-    if n_odd := len(values_not_finite(runs, curves)):
-        note += f"; {n_odd} value{'s' if n_odd > 1 else ''} not finite, and not drawn"
+    if not finite.all():
+        note += "; values that are not finite are left out"
     if panel.title == "HellaSwag":
         note += _items(runs)
-    return Plot(panel.title, note, keys, shown, plot, panel.is_main)
+    # One curve of one run needs no name, and of several the page has a button for each.
+    keys = [_key(curve, len(runs) == 1) for curve in drawn] if len(curves) > 1 else []
+    return Plot(panel.title, note, keys, plot, panel.is_main)
 
 
-def values_not_finite(runs: Sequence[Run], curves: Sequence[Curve]) -> list[float]:
-    """Values for which no curve has a place."""
-    values = [value for run in runs for curve in curves for value in run.series(curve.key)[1]]
-    return [value for value in values if not math.isfinite(value)]
+def _key(curve: Curve, alone: bool) -> tuple[str, int | None, str]:
+    label = f"{curve.label}, smoothed over a faint line" if curve.is_noisy else curve.label
+    return (label, curve.color, _dash(curve, alone)) if alone else (label, None, curve.dash)
+
+
+def _dash(curve: Curve, alone: bool) -> str:
+    return "solid" if alone and curve.dash == "dashed" else curve.dash  # a colour of its own tells it
+
+
+def _draw_curve(plot: Figure, run: Run, curve: Curve, axes: Axes, most: int, number: int | None) -> None:
+    """Draw a curve of a run alone, for which ``number`` is None, or of one of several."""
+    alone = number is None
+    tokens, values = run.series(curve.key)
+    tags = [curve.color if number is None else number % N_COLORS, number or 0]
+    name = curve.label if alone else f"{run.name}: {curve.label}"
+    if curve.is_noisy:
+        faint = _source(run, tokens, values, axes, most)
+        told = name if alone else None  # of several, smoothed values are enough
+        plot.line("tokens", "value", source=faint, line_alpha=0.3, line_width=1, name=told, tags=tags)
+        name, values = f"{name}, smoothed", smoothed(values)
+    source = _source(run, tokens, values, axes, most)
+    dash = _dash(curve, alone)
+    plot.line("tokens", "value", source=source, line_width=2, line_dash=dash, name=name, tags=tags)
+    if len(tokens) <= (50 if alone else 1):
+        plot.scatter("tokens", "value", source=source, size=6, tags=tags)
+    _draw_error(plot, run, curve, axes, tags)
+
+
+def _tell_pointer(plot: Figure, form: tuple[str, int]) -> None:
+    from bokeh.events import MouseLeave, MouseMove, Tap
+    from bokeh.models import CustomJS
+
+    told = CustomJS(args={"plot": plot, "form": list(form)}, code="window.reportHover(plot, cb_obj, form)")
+    plot.js_on_event(MouseMove, told)
+    plot.js_on_event(Tap, told)
+    plot.js_on_event(MouseLeave, CustomJS(code="window.reportHover(null)"))
 
 
 def _empty(panel: Panel, x_range: Any, y_range: Any) -> Figure:
-    from bokeh.models import CustomJSTickFormatter, NumeralTickFormatter
+    from bokeh.models import CrosshairTool, CustomJSTickFormatter, NumeralTickFormatter
     from bokeh.plotting import figure
 
     plot = figure(
@@ -237,6 +245,7 @@ def _empty(panel: Panel, x_range: Any, y_range: Any) -> Figure:
         min_border_left=60,
         min_border_right=12,
     )
+    plot.add_tools(CrosshairTool(dimensions="height", line_color="#808890", line_alpha=0.6))
     plot.toolbar.logo = None
     plot.toolbar.autohide = True
     plot.xaxis.formatter = CustomJSTickFormatter(code="return window.reportTick(tick)")
@@ -244,7 +253,7 @@ def _empty(panel: Panel, x_range: Any, y_range: Any) -> Figure:
     plot.xaxis.ticker.desired_num_ticks = 5
     percent = NumeralTickFormatter(format="0.[0]%")
     short = CustomJSTickFormatter(code="return window.reportNumber(tick)")
-    plot.yaxis.formatter = percent if panel.hover.endswith("%") else short
+    plot.yaxis.formatter = percent if panel.hover[0] == "percent" else short
     plot.axis.axis_label_text_font_style = "normal"
     plot.axis.minor_tick_line_alpha = 0
     plot.axis.major_label_text_font_size = "12px"
@@ -307,11 +316,10 @@ def _items(runs: Sequence[Run]) -> str:
     )
 
 
-def _draw_mark(plot: Figure, mark: Mark, value_format: str) -> str:
+def _draw_mark(plot: Figure, mark: Mark, value_format: str) -> None:
     from bokeh.models import Label, Span
 
     text = f"{mark.name} {value_format.format(mark.value)} {mark.source}".strip()
-    plot.add_layout(Span(location=mark.value, dimension="width", line_dash="dashed", line_width=1, tags=["mark"]))
+    plot.add_layout(Span(location=mark.value, dimension="width", line_dash="dashed", line_width=1))
     place = {"x": 4, "x_units": "screen", "y": mark.value, "y_offset": 2}
-    plot.add_layout(Label(text=text, text_font_size="11px", tags=["mark"], **place))
-    return text
+    plot.add_layout(Label(text=text, text_font_size="11px", **place))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt2_hf.reporting.curves import build_figure, plot_curves, plot_runs
-from gpt2_hf.reporting.measured import ReportError, format_tokens, read_run
+from gpt2_hf.reporting.measured import ReportError, format_tokens, read_run, smooth
 
 matplotlib = pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 
@@ -239,3 +239,11 @@ def test_the_script_draws_the_newest_run(make_run, tmp_path, monkeypatch, capsys
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert capsys.readouterr().out.split() == ["runs/one/report.html", "runs/one/curves.png"]
     assert (tmp_path / "runs/one/report.html").is_file() and (tmp_path / "runs/one/curves.png").is_file()
+
+
+def test_a_smoothed_curve_is_a_mean_of_finite_neighbours():
+    values = np.array([8.0, 6.0, np.nan, 4.0, np.inf, 2.0])
+    assert smooth(values)[[0, 1, 3, 5]].tolist() == [8, 7, 4, 2] and np.isnan(smooth(values)[[2, 4]]).all()
+    line = np.arange(1000.0)
+    assert smooth(line)[:990] == pytest.approx(line[:990])  # windows are centred
+    assert smooth(np.array([])).tolist() == []

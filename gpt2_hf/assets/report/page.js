@@ -27,11 +27,70 @@
     return (axis === "dollars" ? "$" : "") + window.reportNumber(tick);
   };
 
+  // The values of all curves where the pointer is, in one box beside it.
+  window.reportHover = (plot, event, form) => {
+    const box = document.getElementById("values");
+    const curves = plot ? plot.renderers.filter(({ name, visible }) => name && visible) : [];
+    const found = curves.map((curve) => ({ curve, point: nearest(curve.data_source, event.x) })).filter((f) => f.point);
+    box.hidden = !found.length;
+    if (box.hidden) return;
+    const { point: first } = found.reduce((a, b) => (b.point.distance < a.point.distance ? b : a));
+    box.replaceChildren(element("b", Object.keys(page.ends).map((name) => place(name, first[name])).join(", ")));
+    for (const { curve, point } of found) {
+      const row = element("div"), swatch = element("span");
+      swatch.className = "swatch";
+      swatch.style.borderTopColor = palettes[theme()][curve.glyph.tags[0]];
+      const elsewhere = point.tokens === first.tokens ? "" : ` at ${place("tokens", point.tokens)}`;
+      row.append(swatch, `${curve.name} `, element("b", write(point.value, form)), elsewhere);
+      box.append(row);
+    }
+    const root = document.querySelector(`[data-root-id="${plot.id}"]`); // a box of no size around the plot's
+    const around = root.firstElementChild.getBoundingClientRect();
+    const x = around.left + event.sx + 14, y = around.top + event.sy + 14;
+    const { offsetWidth: width, offsetHeight: height } = box, { clientWidth, clientHeight } = document.documentElement;
+    box.style.left = `${Math.max(4, x + width > clientWidth ? Math.min(x - width - 28, clientWidth - width) : x)}px`;
+    box.style.top = `${Math.max(4, Math.min(y, clientHeight - height - 4))}px`;
+  };
+
+  function nearest(source, x) {
+    const columns = Object.fromEntries([...Object.keys(page.ends), "value"].map((key) => [key, source.get_column(key)]));
+    const along = columns[axis];
+    let best = -1;
+    for (let i = 0; i < along.length; i++) {
+      if (isFinite(columns.value[i]) && (best < 0 || Math.abs(along[i] - x) < Math.abs(along[best] - x))) best = i;
+    }
+    if (best < 0) return null;
+    const point = Object.fromEntries(Object.entries(columns).map(([key, column]) => [key, column[best]]));
+    return { ...point, distance: Math.abs(along[best] - x) };
+  }
+
+  function element(tag, text = "") {
+    const made = document.createElement(tag);
+    made.textContent = text;
+    return made;
+  }
+
+  function write(value, [kind, digits]) {
+    if (kind === "percent") return `${(100 * value).toFixed(digits)}%`;
+    if (kind === "exponent") return value.toExponential(digits);
+    return value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+  }
+
+  function place(name, value) {
+    if (name === "dollars") return `$${write(value, ["fixed", 2])}`;
+    if (name === "hours") return `${write(value, ["fixed", value < 1 ? 3 : 1])} h`;
+    return name === "steps" ? `step ${write(value, ["fixed", 0])}` : `${window.reportNumber(value)} tokens`;
+  }
+
   const plots = () => Bokeh.documents[0].roots();
   const xRange = () => plots()[0].x_range;
 
+  function theme() {
+    return dark.matches ? "dark" : "light";
+  }
+
   function showTheme() {
-    const name = dark.matches ? "dark" : "light", ink = inks[name];
+    const name = theme(), ink = inks[name];
     for (const plot of plots()) {
       for (const part of [...plot.left, ...plot.below]) {
         part.setv({ axis_label_text_color: ink.text, major_label_text_color: ink.text, axis_line_color: ink.axis,
@@ -53,7 +112,7 @@
       }
     }
     for (const swatch of document.querySelectorAll("[data-color]")) {
-      if (swatch.dataset.color >= 0) swatch.style.borderTopColor = palettes[name][swatch.dataset.color];
+      swatch.style.borderTopColor = palettes[name][swatch.dataset.color];
     }
   }
 
