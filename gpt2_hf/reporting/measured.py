@@ -34,6 +34,7 @@ HELLASWAG_ITEMS = 10_042
 SIZES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1.5B"}
 
 DRAWN = (
+    "step",
     "tokens_seen",
     "train_loss",
     "val_loss",
@@ -115,15 +116,22 @@ class Run:
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens seen and values of one measurement, by tokens; where steps were made twice, the later row counts."""
-        rows = [row for row in self.rows if "tokens_seen" in row and row.get(key) is not None]
-        points = {row["tokens_seen"]: row[key] for row in rows}
-        tokens = sorted(points)
-        return np.array(tokens, dtype=float), np.array([points[token] for token in tokens], dtype=float)
+        if key not in self._series:
+            rows = [row for row in self.rows if "tokens_seen" in row and row.get(key) is not None]
+            points = {row["tokens_seen"]: row[key] for row in rows}
+            tokens = sorted(points)
+            values = [points[token] for token in tokens]
+            self._series[key] = np.array(tokens, dtype=float), np.array(values, dtype=float)
+        return self._series[key]
+
+    @cached_property
+    def _series(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        return {}
 
     def steps(self, tokens: np.ndarray) -> np.ndarray:
-        """The steps after which so many tokens were seen."""
-        known = {row["tokens_seen"]: row["step"] for row in self.rows if type(row.get("step")) is int}
-        return np.interp(tokens, sorted(known), [known[seen] for seen in sorted(known)]) if known else tokens * np.nan
+        """The steps after which so many tokens were seen; NaN where no row has one."""
+        known, steps = self.series("step")
+        return np.interp(tokens, known, steps) if len(known) else tokens * np.nan
 
     def hours(self, tokens: np.ndarray, of_devices: bool = False) -> np.ndarray:
         """Hours of training up to so many tokens, or GPU-hours; NaN where no row has a rate.
