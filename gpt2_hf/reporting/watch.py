@@ -19,12 +19,17 @@ def watch(run_dirs: Sequence[Path], out: Path, price: float | None, every_s: int
     The page loads itself as often. Raises KeyboardInterrupt, with a line to print, for Ctrl-C.
     """
     shown = ", ".join(map(str, run_dirs))
+    said = ""
     try:
         while any(map(is_running, run_dirs)):
             try:
                 write_page(run_dirs, out, price, refresh_s=every_s)
-            except ReportError as error:  # nothing was measured yet
-                print(f"{error}; looking again in {every_s} s")
+                news = f"{out} is written every {every_s} s while training goes on; Ctrl-C ends that"
+            except ReportError:
+                news = f"nothing was measured in {shown} yet; {out} is written as soon as there is"
+            if news != said:
+                print(news, flush=True)
+                said = news
             time.sleep(every_s)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"no longer watching {shown}; {out} stays as it was written last") from None

@@ -74,9 +74,9 @@ def test_the_first_step_that_differs_is_named_with_how_far(make_run):
     are_equal, lines = compare_runs(a, b)
     text = "\n".join(lines)
     assert not are_equal
-    assert "first difference is at step 12; the 11 rows before it are equal" in text
+    assert "first difference is at step 12, after 11 that are equal, of 20 steps" in text
     assert "train_loss" in lines[1] and "3 ulp of float32" in lines[1]
-    assert "2 of 9 rows differ" in text
+    assert "2 of 9 differ" in text
     assert "setting optim.lr: 0.001 against 0.002" in text and "torch: 2.13.0 against 2.12.0" in text
     assert "run_dir" not in text
 

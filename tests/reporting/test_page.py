@@ -207,10 +207,12 @@ def test_the_page_follows_a_run_until_it_ends(make_run, tmp_path, monkeypatch, c
     assert watching.is_running(folder)
     watching.watch([folder], out, None, 7)
     assert len(written) == 1 and '"refresh_s": 7' in written[0]
-    assert capsys.readouterr().out == f"nothing trains in {folder} (any more)\n"
+    first, last = capsys.readouterr().out.splitlines()
+    assert first == f"{out} is written every 7 s while training goes on; Ctrl-C ends that"
+    assert last == f"nothing trains in {folder} (any more)"
 
 
-def test_ctrl_c_ends_watching_with_a_line(make_run, tmp_path, monkeypatch):
+def test_ctrl_c_ends_watching_with_a_line(make_run, tmp_path, monkeypatch, capsys):
     folder = make_run()
     (folder / "metrics.jsonl").unlink()  # nothing was measured yet
 
@@ -220,6 +222,7 @@ def test_ctrl_c_ends_watching_with_a_line(make_run, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "sleep", sleep)
     with lock_folder(folder), pytest.raises(KeyboardInterrupt, match=r"no longer watching .*run; .*page\.html stays"):
         watching.watch([folder], tmp_path / "page.html", None, 7)
+    assert capsys.readouterr().out.startswith(f"nothing was measured in {folder} yet")
 
 
 @pytest.mark.parametrize(
