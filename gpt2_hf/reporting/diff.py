@@ -16,8 +16,8 @@ from ..program import UserError
 from ..runs import read_rows
 from .measured import CIRCUMSTANCES, ReportError, differences, flat, read_environment, read_settings
 
-# Of the machine and its hour, not of the training.
-NOT_COMPARED = {"step", "tokens_per_sec", "mfu", "peak_memory"}
+# Of the machine and its hour, or of what a run was compared with, not of its training.
+NOT_COMPARED = {"step", "tokens_per_sec", "mfu", "peak_memory", "reference_loss", "reference_band", "off_track"}
 # Settings that may differ without changing a figure.
 HARMLESS = ("train.run_dir", "train.log_every", "train.trackers", "checkpoint.", "resume.")
 CLOSE = 1e-3  # relative; what is further apart is no matter of rounding

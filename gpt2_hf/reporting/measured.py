@@ -40,6 +40,7 @@ DRAWN = (
     "val_loss",
     "val_bpb",
     "reference_loss",
+    "reference_band",
     "hellaswag_lecture_acc",
     "hellaswag_acc",
     "hellaswag_acc_norm",

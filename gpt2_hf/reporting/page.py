@@ -68,6 +68,7 @@ def build_page(runs: Sequence[Run], price: float | None = None, refresh_s: int |
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
     sections = (
         _section("What differs", _what_differs(runs)),
+        _section("On track", _on_track(runs)),
         _section("Evaluations", _evaluations(runs)),
         _section("Samples", _samples(runs)),
         _section("Starts and events", _starts(runs)),
@@ -167,6 +168,8 @@ def _key_figures(run: Run, price: float | None) -> dict[str, str]:
         figures["of training"] = f"{hours:.2f} h" if hours >= 1 else f"{60 * hours:.1f} min"
         if price is not None:
             figures[f"at ${price:g} per GPU-hour"] = f"${price * float(run.hours(end, of_devices=True)[0]):,.2f}"
+    if "off_track" in last:
+        figures["against the reference"] = _verdict(last)
     if "tokens_per_sec" in last:
         figures["tokens per second"] = f"{last['tokens_per_sec']:,.0f}"
     if "mfu" in last:
@@ -206,6 +209,34 @@ def _how_measured(axes: Axes, price: float | None) -> str:
         "<p class='soft'>Hours are of training alone, added up from the rows' tokens per second: compiling, "
         f"evaluating, saving, and steps lost by a kill and made again, are not in them.{cost}</p>"
     )
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    return "off track" if row["off_track"] else "on track"
+
+
+def _on_track(runs: Sequence[Run]) -> str:
+    """How the runs compared themselves with their references: the first time, when that changed, and the last."""
+    parts = []
+    for run in runs:
+        rows = [row for row in run.rows if row.get("off_track") is not None and row.get("reference_loss") is not None]
+        told = [
+            row for before, row in zip([None, *rows], rows, strict=False) if before is None or _changed(before, row)
+        ]
+        told += rows[-1:] if rows and told[-1] is not rows[-1] else []
+        lines = []
+        for row in told:
+            key, name = ("val_loss", "validation") if "val_loss" in row else ("train_loss", "training")
+            band = f"{PLUS_MINUS}{row['reference_band']:.3f}" if row.get("reference_band") is not None else ""
+            measured = f"{name} {row[key]:.4f}" if key in row else ""
+            lines.append((f"step {row.get('step')}", _verdict(row), measured, f"{row['reference_loss']:.4f}{band}"))
+        if lines:
+            parts.append(_of_run(runs, run) + _table(("", "", "loss", "reference"), lines))
+    return "".join(parts)
+
+
+def _changed(before: dict[str, Any], row: dict[str, Any]) -> bool:
+    return _verdict(before) != _verdict(row)
 
 
 def _evaluations(runs: Sequence[Run]) -> str:

@@ -214,7 +214,7 @@ def _draw_curve(plot: Figure, run: Run, curve: Curve, axes: Axes, most: int, num
     plot.line("tokens", "value", source=source, line_width=2, line_dash=dash, name=name, tags=tags)
     if len(tokens) <= (50 if alone else 1):
         plot.scatter("tokens", "value", source=source, size=6, tags=tags)
-    _draw_error(plot, run, curve, axes, tags)
+    _draw_band(plot, run, curve, axes, tags)
 
 
 def _tell_pointer(plot: Figure, form: tuple[str, int]) -> None:
@@ -281,27 +281,33 @@ def thin(values: np.ndarray, most: int) -> np.ndarray:
 
 def _extent(run: Run, curve: Curve) -> list[np.ndarray]:
     """Values that must be in view."""
-    values, error = run.series(curve.key)[1], _error(run, curve)
-    return [values] if error is None else [values - error, values + error]
+    values, band = run.series(curve.key)[1], _band(run, curve)
+    return [values] if band is None else [values - band, values + band]
 
 
-def _error(run: Run, curve: Curve) -> np.ndarray | None:
-    """Standard errors of an accuracy on some of the items; None where all were answered, and of other figures."""
+def _band(run: Run, curve: Curve) -> np.ndarray | None:
+    """How far a curve's values may lie off, to be shaded; None where that is not known.
+
+    Of an accuracy on some of the items that is a standard error; of a reference, what a healthy run keeps within.
+    """
+    tokens, values = run.series(curve.key)
+    if curve.key == "reference_loss":
+        bands = dict(zip(*(part.tolist() for part in run.series("reference_band")), strict=True))
+        return np.array([bands.get(seen, 0.0) for seen in tokens]) if bands else None
     items = run.series("hellaswag_items")[1]
     if curve.key != "hellaswag_lecture_acc" or not len(items) or items[-1] >= HELLASWAG_ITEMS:
         return None
-    accuracy = run.series(curve.key)[1]
-    return np.sqrt(accuracy * (1 - accuracy) / items[-1])
+    return np.sqrt(values * (1 - values) / items[-1])
 
 
-def _draw_error(plot: Figure, run: Run, curve: Curve, axes: Axes, tags: list[int]) -> None:
+def _draw_band(plot: Figure, run: Run, curve: Curve, axes: Axes, tags: list[int]) -> None:
     from bokeh.models import ColumnDataSource
 
-    error = _error(run, curve)
-    if error is None:
+    band = _band(run, curve)
+    if band is None:
         return
-    tokens, accuracy = run.series(curve.key)
-    source = ColumnDataSource({**axes.columns(run, tokens), "low": accuracy - error, "high": accuracy + error})
+    tokens, values = run.series(curve.key)
+    source = ColumnDataSource({**axes.columns(run, tokens), "low": values - band, "high": values + band})
     plot.varea("tokens", "low", "high", source=source, fill_alpha=0.15, tags=tags)
     if len(tokens) == 1:  # of which there is no area
         plot.segment("tokens", "low", "tokens", "high", source=source, line_width=2, line_alpha=0.5, tags=tags)

@@ -170,6 +170,31 @@ def test_several_runs_have_a_colour_each_and_what_differs_stands_first(make_run)
     assert [attributes["data-run"] for _, attributes in page.tags if "data-run" in attributes] == ["0", "1", "2"]
 
 
+def test_verdicts_are_told_where_they_change_and_last(make_run):
+    rows = [
+        {
+            "step": s,
+            "tokens_seen": 1000 * s,
+            "val_loss": 5.0,
+            "reference_loss": 4.5,
+            "reference_band": 0.1,
+            "off_track": off,
+        }
+        for s, off in ((41, 0), (42, 0), (43, 1), (44, 1), (45, 1))
+    ]
+    folder = make_run(rows=rows)
+    text = Page(write_page([folder], folder / "report.html")).text
+    told = re.findall(r"step (4\d)(on track|off track)validation 5.0000(4.5000\xa0±\xa00.100)", text)
+    assert [(step, verdict) for step, verdict, _ in told] == [
+        ("41", "on track"),
+        ("43", "off track"),
+        ("45", "off track"),
+    ]
+    (loss, *_) = build_plots([read_run(folder)])
+    (area,) = [drawn.data_source.data for drawn in loss.figure.renderers if "low" in drawn.data_source.data]
+    assert area["low"] == pytest.approx([4.4] * 5) and area["high"] == pytest.approx([4.6] * 5)
+
+
 def test_a_figure_that_is_missing_or_not_finite_is_no_obstacle(make_run, tmp_path):
     folder = tmp_path / "bare"
     folder.mkdir()
