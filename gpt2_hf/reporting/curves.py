@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -10,113 +9,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
 
-from ..program import UserError
 from ..runs import read_rows
+from .measured import (
+    HELLASWAG_ITEMS,
+    SIZES,
+    Mark,
+    ReportError,
+    Run,
+    format_tokens,
+    hellaswag_marks,
+    loss_limits,
+    loss_marks,
+    read_run,
+    smooth,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Validation loss of OpenAI's weights, by preset and corpus: the same weights differ by 0.13 between the two corpora.
-VAL_LOSS_MARKS = {
-    "gpt2": {"fineweb": 3.4250, "fineweb_edu": 3.2924},
-    "gpt2-medium": {"fineweb": 3.0831},
-    "gpt2-large": {"fineweb": 3.0006},
-    "gpt2-xl": {"fineweb": 2.8313},
-}
-# HellaSwag accuracy the lecture's way (mean loss per token), all 10,042 items; GPT-3's is from its paper.
-HELLASWAG_MARKS = {
-    "gpt2": {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337},
-    "gpt2-medium": {"GPT-2 355M": 0.3752},
-    "gpt2-large": {"GPT-2 774M": 0.4320},
-    "gpt2-xl": {"GPT-2 1.5B": 0.4893},
-}
-HELLASWAG_ITEMS = 10_042
-SIZES = {"gpt2": "124M", "gpt2-medium": "355M", "gpt2-large": "774M", "gpt2-xl": "1.5B"}
-
-DRAWN = (
-    "tokens_seen",
-    "train_loss",
-    "val_loss",
-    "hellaswag_lecture_acc",
-    "hellaswag_acc_norm",
-    "hellaswag_items",
-    "lr",
-)
-
 COLORS = ("#2563a8", "#c4541a", "#3f8f4f", "#8b4fa3", "#b08a1e", "#4a9aa5", "#a03a52", "#5f6670")
 VALIDATION_COLOR = COLORS[1]
 MARK_COLOR = "#555555"
 ERROR_COLOR = "#b3261e"
-
-
-class ReportError(UserError):
-    """There is nothing to draw; the message is one line that says what is missing."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the picture needs of a run."""
-
-    name: str
-    rows: list[dict[str, Any]]
-    preset: str | None  # None when the model's shape is not one of OpenAI's
-    corpus: str | None  # "fineweb" or "fineweb_edu", None for other data
-
-    @property
-    def tokens_seen(self) -> float:
-        """In all, up to the last row."""
-        return max(row["tokens_seen"] for row in self.rows if "tokens_seen" in row)
-
-    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens seen and values of one measurement, by tokens; where steps were made twice, the later row counts."""
-        rows = [row for row in self.rows if "tokens_seen" in row and row.get(key) is not None]
-        points = {row["tokens_seen"]: row[key] for row in rows}
-        tokens = sorted(points)
-        return np.array(tokens, dtype=float), np.array([points[token] for token in tokens], dtype=float)
-
-
-def read_run(run_dir: str | Path) -> Run:
-    """Read RUN/metrics.jsonl and, where there is one, RUN/config.yaml. Raises ReportError when there are no rows."""
-    folder = Path(run_dir)
-    config = folder / "config.yaml"
-    settings = (yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else None) or {}
-    return Run(
-        name=folder.resolve().name,
-        rows=_read_checked(folder / "metrics.jsonl"),
-        preset=_preset_of(settings.get("model") or {}),
-        corpus=_corpus_of(settings.get("data") or {}),
-    )
-
-
-def _read_checked(path: Path) -> list[dict[str, Any]]:
-    """Rows of which everything that is drawn is a number."""
-    rows = read_rows(path)
-    if not all(isinstance(row, dict) for row in rows):
-        raise ReportError(f"{path} has a line that is no row of a run: remove it")
-    if not any("tokens_seen" in row for row in rows):
-        raise ReportError(f"no rows in {path}: give the folder of a run that has trained a step")
-    for row in rows:
-        values = [row[key] for key in DRAWN if row.get(key) is not None]
-        if not all(map(_is_number, values)) or row.get("tokens_seen", 0) is None:
-            raise ReportError(f"{path} has a row that no run writes, of step {row.get('step')!r:.50}")
-    return rows
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
-
-
-def _preset_of(model: dict[str, Any]) -> str | None:
-    shape = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-    return model.get("preset") if all(model.get(name) is None for name in shape) else None
-
-
-def _corpus_of(data: dict[str, Any]) -> str | None:
-    path = str(data.get("path", "")).lower().replace("-", "_")
-    return next((name for name in ("fineweb_edu", "fineweb") if name in path), None)
 
 
 def show_run(run_dir: str | Path) -> None:
@@ -185,14 +101,6 @@ def build_figure(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def format_tokens(tokens: float) -> str:
-    """1500000 -> "1.5M"."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(tokens) >= size:
-            return f"{tokens / size:.4g}{unit}"
-    return f"{tokens:.4g}"
-
-
 def summarize(run_dir: str | Path) -> str:
     """What a finished run came to, in a few lines for a terminal, and how to use its model."""
     run_dir = Path(run_dir)
@@ -233,42 +141,26 @@ def _draw_loss(axis: Axes, runs: Sequence[Run]) -> None:
         if len(tokens):
             axis.plot(tokens, loss, color=color, alpha=0.22, linewidth=0.8)
             label = "training (smoothed)" if alone else run.name
-            axis.plot(tokens, _smooth(loss), color=color, linewidth=1.4, label=label, **_points(tokens, False))
+            axis.plot(tokens, smooth(loss), color=color, linewidth=1.4, label=label, **_points(tokens, False))
         val_tokens, val_loss = run.series("val_loss")
         if len(val_tokens):
             color, line = (VALIDATION_COLOR, "-") if alone else (color, "--")
             val_label = "validation" if alone else None if len(tokens) else run.name
             points = _points(val_tokens, alone)
             axis.plot(val_tokens, val_loss, line, color=color, linewidth=1.4, label=val_label, **points)
-    marks = _loss_marks(runs)
+        reference = run.series("reference_loss")
+        if len(reference[0]):
+            axis.plot(*reference, ":", color=MARK_COLOR, linewidth=1.6, label="reference" if alone else None)
+    marks = loss_marks(runs)
     _draw_marks(axis, marks, "{:.4f}")
     series = [run.series(key) for run in runs for key in ("train_loss", "val_loss")]
     tokens, losses = (np.concatenate(parts) for parts in zip(*series, strict=True))
     finite = np.isfinite(losses)
     if finite.any():
-        axis.set_ylim(*_loss_limits(losses[finite], marks))
+        axis.set_ylim(*loss_limits(losses[finite], marks))
     if not finite.all():
         _draw_not_finite(axis, tokens[~finite])
     axis.set_ylabel("loss (nats per token)" if alone else "loss (dashed: validation)")
-
-
-def _loss_marks(runs: Sequence[Run]) -> dict[str, float]:
-    """OpenAI's weights of the runs' sizes on the runs' corpus: a loss on another corpus says nothing."""
-    if len({run.corpus for run in runs}) > 1:
-        return {}
-    return {
-        f"GPT-2 {SIZES[run.preset]}": VAL_LOSS_MARKS[run.preset][run.corpus]
-        for run in runs
-        if run.preset in VAL_LOSS_MARKS and run.corpus in VAL_LOSS_MARKS[run.preset]
-    }
-
-
-def _loss_limits(losses: np.ndarray, marks: dict[str, float]) -> tuple[float, float]:
-    # The first steps fall from 11: shown whole they would flatten everything that comes later.
-    top = np.quantile(losses, 0.98) if len(losses) > 100 else losses.max()
-    bottom = min([losses.min(), *marks.values()])
-    margin = 0.05 * (top - bottom) or 0.1
-    return bottom - margin, top + margin
 
 
 def _draw_not_finite(axis: Axes, tokens: np.ndarray) -> None:
@@ -298,9 +190,7 @@ def _draw_hellaswag(axis: Axes, runs: Sequence[Run]) -> None:
             sizes.add(n_items)
             style = _points(tokens, alone)
             axis.plot(tokens, accuracy, color=COLORS[2], linewidth=1.2, label="lm-eval acc_norm", **style)
-    presets = {run.preset for run in runs if run.preset in HELLASWAG_MARKS}
-    marks = {name: value for preset in sorted(presets) for name, value in HELLASWAG_MARKS[preset].items()}
-    _draw_marks(axis, {"chance": 0.25, **marks}, "{:.2%}")
+    _draw_marks(axis, hellaswag_marks(runs), "{:.2%}")
     axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
     subset = f"\n{sizes.pop()} items" if len(sizes) == 1 and sizes != {HELLASWAG_ITEMS} else ""
     axis.set_ylabel(f"HellaSwag accuracy{subset}")
@@ -331,12 +221,12 @@ PANELS = (
 )
 
 
-def _draw_marks(axis: Axes, marks: dict[str, float], value_format: str) -> None:
+def _draw_marks(axis: Axes, marks: Sequence[Mark], value_format: str) -> None:
     """Dashed lines across the panel, named in the right margin, where no curve runs."""
-    for name, value in marks.items():
+    for name, value, source in marks:
         axis.axhline(value, color=MARK_COLOR, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         axis.annotate(
-            f"{name}\n{value_format.format(value)}",
+            f"{name}\n{value_format.format(value)} {source}".strip(),
             (1, value),
             xycoords=("axes fraction", "data"),
             xytext=(5, 0),
@@ -372,15 +262,3 @@ def _points(tokens: np.ndarray, alone: bool) -> dict[str, Any]:
 
 def _colored(runs: Sequence[Run]) -> Iterator[tuple[Run, str]]:
     return zip(runs, cycle(COLORS), strict=False)
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a window of about a fiftieth of the curve, centred; values that are not finite are left out of it."""
-    widest = math.ceil(len(values) / 100)
-    smooth = np.full(len(values), np.nan)
-    for at, value in enumerate(values):
-        if np.isfinite(value):
-            reach = min(widest, at)  # narrower where the loss falls steeply, at the start
-            window = values[at - reach : at + reach + 1]
-            smooth[at] = window[np.isfinite(window)].mean()
-    return smooth

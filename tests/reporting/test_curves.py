@@ -4,9 +4,11 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from gpt2_hf.reporting.curves import ReportError, build_figure, format_tokens, plot_curves, plot_runs, read_run
+from gpt2_hf.reporting.curves import build_figure, plot_curves, plot_runs
+from gpt2_hf.reporting.measured import ReportError, format_tokens, read_run, smooth
 
 matplotlib = pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 
@@ -75,11 +77,19 @@ def test_panels_and_legends(make_run):
 @pytest.mark.parametrize(
     ("options", "val_marks", "hellaswag_marks"),
     [
-        ({}, {"GPT-2 124M\n3.2924"}, {"GPT-2 124M\n29.55%", "GPT-3 124M\n33.70%"}),
-        ({"path": "/data/FineWeb-10BT"}, {"GPT-2 124M\n3.4250"}, {"GPT-2 124M\n29.55%", "GPT-3 124M\n33.70%"}),
-        ({"path": "data/shakespeare"}, set(), {"GPT-2 124M\n29.55%", "GPT-3 124M\n33.70%"}),
-        ({"preset": "gpt2-medium"}, set(), {"GPT-2 355M\n37.52%"}),
-        ({"preset": "gpt2-medium", "path": "fineweb"}, {"GPT-2 355M\n3.0831"}, {"GPT-2 355M\n37.52%"}),
+        ({}, {"GPT-2 124M\n3.2924 published"}, {"GPT-2 124M\n29.55% published", "GPT-3 124M\n33.70% published"}),
+        (
+            {"path": "/data/FineWeb-10BT"},
+            {"GPT-2 124M\n3.4250 published"},
+            {"GPT-2 124M\n29.55% published", "GPT-3 124M\n33.70% published"},
+        ),
+        ({"path": "data/shakespeare"}, set(), {"GPT-2 124M\n29.55% published", "GPT-3 124M\n33.70% published"}),
+        ({"preset": "gpt2-medium"}, set(), {"GPT-2 355M\n37.52% published"}),
+        (
+            {"preset": "gpt2-medium", "path": "fineweb"},
+            {"GPT-2 355M\n3.0831 published"},
+            {"GPT-2 355M\n37.52% published"},
+        ),
         ({"n_layer": 4}, set(), set()),
         ({"preset": None}, set(), set()),
     ],
@@ -89,6 +99,45 @@ def test_marks_only_where_they_apply(make_run, options, val_marks, hellaswag_mar
     panels = panels_of(make_run(**options))
     assert marks_of(panels["loss"]) == val_marks
     assert marks_of(panels["HellaSwag accuracy"]) == hellaswag_marks | {"chance\n25.00%"}
+
+
+def test_a_measured_baseline_takes_the_place_of_the_published_one(make_run):
+    folder = make_run()
+    figures = {"val_loss": 3.31, "hellaswag_lecture_acc": 0.29, "hellaswag_items": 10_042}
+    rows = [
+        {"model": "openai-community/gpt2", "of_run": False, "figures": {"val_loss": 9.0}},
+        {"model": "openai-community/gpt2", "of_run": False, "figures": figures},  # the newest counts
+        {"model": "elsewhere", "of_run": False, "figures": {"val_loss": 2.0}, "data": {"path": "data/other"}},
+        {"model": "final", "of_run": True, "figures": {"val_loss": 1.0}},
+    ]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    panels = panels_of(folder)
+    assert marks_of(panels["loss"]) == {"openai-community/gpt2\n3.3100 measured"}
+    assert marks_of(panels["HellaSwag accuracy"]) == {
+        "chance\n25.00%",
+        "openai-community/gpt2\n29.00% measured",
+        "GPT-3 124M\n33.70% published",
+    }
+
+
+def test_the_reference_curve_is_drawn_where_rows_have_it(make_run):
+    rows = [{"step": s, "tokens_seen": 10 * s, "train_loss": 5.0, "reference_loss": 4.9} for s in range(3)]
+    assert "reference" in legend_of(panels_of(make_run(rows=rows))["loss"])
+
+
+def test_hours_are_added_up_from_the_rates(make_run):
+    """Twice 7,200 tokens: at 1 token a second on one GPU, then at 4 on two; then some whose rate is not known."""
+    rates = [(1, 1.0), (2, 4.0), (3, None)]
+    rows = [{"step": s, "tokens_seen": 7200 * s, "train_loss": 5.0, "tokens_per_sec": rate} for s, rate in rates]
+    folder = make_run(rows=rows)
+    starts = [{"step": 0, "processes": 1}, {"step": 1, "processes": 2}]
+    (folder / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    run, tokens = read_run(folder), np.array([0, 3600, 7200, 14_400, 21_600])
+    assert run.hours(tokens).tolist() == pytest.approx([0, 1, 2, 2.5, 3])
+    assert run.hours(tokens, of_devices=True).tolist() == pytest.approx([0, 1, 2, 3, 4])
+    assert run.steps(tokens).tolist() == [1, 1, 1, 2, 3]
+    without = read_run(make_run("slow", rows=[{"step": 1, "tokens_seen": 10, "train_loss": 5.0}]))
+    assert np.isnan(without.hours(tokens)).all()
 
 
 def test_a_subset_of_hellaswag_shows_its_error(make_run):
@@ -188,5 +237,13 @@ def test_the_script_draws_the_newest_run(make_run, tmp_path, monkeypatch, capsys
     (tmp_path / "runs").mkdir()
     folder.rename(tmp_path / "runs" / "one")
     runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert capsys.readouterr().out.strip() == "runs/one/curves.png"
-    assert (tmp_path / "runs/one/curves.png").is_file()
+    assert capsys.readouterr().out.split() == ["runs/one/report.html", "runs/one/curves.png"]
+    assert (tmp_path / "runs/one/report.html").is_file() and (tmp_path / "runs/one/curves.png").is_file()
+
+
+def test_a_smoothed_curve_is_a_mean_of_finite_neighbours():
+    values = np.array([8.0, 6.0, np.nan, 4.0, np.inf, 2.0])
+    assert smooth(values)[[0, 1, 3, 5]].tolist() == [8, 7, 4, 2] and np.isnan(smooth(values)[[2, 4]]).all()
+    line = np.arange(1000.0)
+    assert smooth(line)[:990] == pytest.approx(line[:990])  # windows are centred
+    assert smooth(np.array([])).tolist() == []
