@@ -96,12 +96,21 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for key, peak in _PEAK_BF16:
-            if re.search(rf"{key}\b", name):  # an A1000 is no A100
-                return peak, f"{name}, data sheet bf16"
+        if (peak := data_sheet_peak(name)) is not None:
+            return peak, f"{name}, data sheet bf16"
     if dtype == torch.bfloat16 and default_precision(device) != "bf16":
         dtype = torch.float32
     return measure_gemm(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matrix product"
+
+
+def data_sheet_name(device_name: str) -> str | None:
+    """The name in the table of peaks of a GPU that its driver calls so, or None when it isn't there."""
+    return next((key for key, _ in _PEAK_BF16 if re.search(rf"{key}\b", device_name)), None)  # an A1000 is no A100
+
+
+def data_sheet_peak(device_name: str) -> float | None:
+    """FLOP/s of dense bf16 products of a GPU by its data sheet, or None for one that is not in the table."""
+    return dict(_PEAK_BF16).get(data_sheet_name(device_name) or "")
 
 
 def measure_gemm(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
