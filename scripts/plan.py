@@ -8,9 +8,9 @@ from gpt2_hf.program import program
 @program
 def main() -> None:
     from gpt2_hf.cli import parse_cli
-    from gpt2_hf.planning.plan import PlanConfig, make_plan, text, to_json, with_recipe
+    from gpt2_hf.planning.plan import PlanConfig, make_plan, text, to_json, plain
 
-    config = parse_cli(PlanConfig, with_recipe(sys.argv[1:]))
+    config = parse_cli(PlanConfig, plain(sys.argv[1:]))
     if config.check:
         from gpt2_hf.planning.check import check
 

@@ -122,10 +122,11 @@ def activation_bytes(config: RunConfig, way: Way) -> float:
         block += 2 * c  # masks, a byte each
     seq_len = config.data.seq_len
     if way.attention == "blockwise":
-        # Of each pair that is computed scores in fp32 and weights in bf16, of the first block's twice bf16; queries,
-        # keys and values block by block.
+        # Of each pair that is computed scores in fp32 and weights in bf16, of the first block's twice bf16; keys and
+        # values once more for each block of queries.
         ends = _block_ends(seq_len)
-        block += 3 * width * c + n_head * (6 * _n_pairs(ends) - 2 * ends[0] ** 2) / seq_len
+        block += 2 * width * c * (sum(ends) / seq_len - 1)
+        block += n_head * (6 * _n_pairs(ends) - 2 * ends[0] ** 2) / seq_len
     elif way.attention == "eager":
         block += (4 + 2 * width) * n_head * seq_len
     last = residual * c + width * c  # what the last norm reads and gives

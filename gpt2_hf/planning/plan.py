@@ -350,7 +350,8 @@ def to_json(plan: Plan) -> str:
     return json.dumps(figures, indent=1)
 
 
-def with_recipe(argv: Sequence[str]) -> list[str]:
-    """A command line whose recipe may stand first without --config."""
+def plain(argv: Sequence[str]) -> list[str]:
+    """A command line for ``parse_cli``, where the recipe may stand first without --config, and switches without true."""
     named = argv and not argv[0].startswith("-")
-    return ["--config", *argv] if named else list(argv)
+    words = ["--config", *argv] if named else list(argv)
+    return [f"{word}=true" if word in ("--json", "--check") else word for word in words]

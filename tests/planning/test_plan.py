@@ -20,7 +20,7 @@ from gpt2_hf.knobs import ConfigError
 from gpt2_hf.model import GPTForCausalLM
 from gpt2_hf.planning.cards import CARDS, M124, M355, M1558, parse_gpus
 from gpt2_hf.planning.memory import Parameters, Way, activation_bytes, memory_of
-from gpt2_hf.planning.plan import PlanConfig, make_plan, text, to_json, way_here, with_recipe
+from gpt2_hf.planning.plan import PlanConfig, make_plan, text, to_json, way_here, plain
 from gpt2_hf.planning.speed import Rates, cpu_step_seconds
 from gpt2_hf.training.build import build_accelerator, build_model, set_precision
 from gpt2_hf.training.optim import build_optimizers
@@ -30,7 +30,7 @@ ON_CARD = Way("cuda", "bf16", True, "sdpa")
 
 
 def recipe(name: str, *arguments: str) -> PlanConfig:
-    return parse_cli(PlanConfig, with_recipe([str(ROOT / "recipes" / f"{name}.yaml"), *arguments]))
+    return parse_cli(PlanConfig, plain([str(ROOT / "recipes" / f"{name}.yaml"), *arguments]))
 
 
 def shaped(n_layer: int, n_embd: int, n_head: int, seq_len: int, micro_batch_size: int, **train) -> RunConfig:
@@ -257,5 +257,6 @@ def test_the_page_fits_on_a_screen_and_says_the_same_as_the_json():
 
 def test_a_recipe_may_stand_first_or_behind_its_flag():
     path = os.fspath(ROOT / "recipes" / "gpt2_350m.yaml")
-    assert parse_cli(PlanConfig, with_recipe([path])) == parse_cli(PlanConfig, with_recipe(["--config", path]))
-    assert parse_cli(PlanConfig, with_recipe([])) == PlanConfig()
+    assert parse_cli(PlanConfig, plain([path])) == parse_cli(PlanConfig, plain(["--config", path]))
+    assert parse_cli(PlanConfig, plain([])) == PlanConfig()
+    assert parse_cli(PlanConfig, plain([path, "--json"])).json
