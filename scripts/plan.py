@@ -8,7 +8,7 @@ from gpt2_hf.program import program
 @program
 def main() -> None:
     from gpt2_hf.cli import parse_cli
-    from gpt2_hf.planning.plan import PlanConfig, make_plan, text, to_json, plain
+    from gpt2_hf.planning.plan import PlanConfig, make_plan, plain, text, to_json
 
     config = parse_cli(PlanConfig, plain(sys.argv[1:]))
     if config.check:

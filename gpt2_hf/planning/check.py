@@ -15,23 +15,21 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from accelerate import PartialState
 
 from .. import hardware
 from ..config import DataSection, ModelSection, OptimSection, RunConfig, TrainSection
 from ..program import UserError
-from ..training.build import build_accelerator, build_model, set_precision
-from ..training.loop import train_step
 from ..training.metrics import flops_per_token, peak_memory_gb
-from ..training.optim import build_optimizers, set_lr
 from .cards import card_here
 from .memory import Parameters, memory_of
 from .plan import way_here
+from .smoke import training_step
 from .speed import cpu_step_seconds, gpu_step_seconds, measure_rates
 
 WARM_UP_STEPS, ROUNDS, SECONDS = 3, 3, 4.0
@@ -119,10 +117,10 @@ def measure(case: Case) -> dict[str, float]:
     """Both of one case, in this process, which should be a new one: memory is that of its peak."""
     device = hardware.pick_device("auto")
     config = case.config()
-    PartialState(cpu=device.type == "cpu")
-    precision = set_precision(config, device)
     before = psutil.Process().memory_info().rss
-    step = _training_step(config, device, precision)
+    shape = (case.micro_steps, case.micro_batch_size, case.seq_len + 1)
+    batch = torch.randint(config.model.gpt_config().vocab_size, shape, generator=torch.Generator().manual_seed(0))
+    step = partial(training_step(config, device, 1e-3), batch)
     for _ in range(WARM_UP_STEPS):
         step()
     on_cpu = device.type == "cpu"
@@ -152,21 +150,6 @@ def _predicted_seconds(case: Case, config: RunConfig, device: torch.device) -> f
         return cpu_step_seconds(config, way, n, measure_rates(way.precision), case.micro_batch_size, case.micro_steps)
     flops = flops_per_token(n.total, config.model.gpt_config(), config.data.seq_len)
     return gpu_step_seconds(config, card_here(device), n, flops, 1, case.micro_steps)
-
-
-def _training_step(config: RunConfig, device: torch.device, precision: str) -> Callable[[], Any]:
-    """An update of training's own parts, on windows of random tokens."""
-    accelerator = build_accelerator(config, precision)
-    bare_model = build_model(config, None, accelerator, precision)
-    optimizers = build_optimizers(bare_model, config.optim, device)
-    model = accelerator.prepare_model(bare_model)
-    accelerator.prepare(*optimizers)
-    set_lr(optimizers, 1e-3)
-    train, seq_len = config.train, config.data.seq_len
-    n_micro_steps = config.grad_accum_steps(1)
-    shape = (n_micro_steps, train.micro_batch_size, seq_len + 1)
-    batch = torch.randint(bare_model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    return lambda: float(train_step(accelerator, model, optimizers, batch, 0, config)[0])
 
 
 def _times(step: Callable[[], Any], device: torch.device) -> list[float]:

@@ -351,7 +351,7 @@ def to_json(plan: Plan) -> str:
 
 
 def plain(argv: Sequence[str]) -> list[str]:
-    """A command line for ``parse_cli``, where the recipe may stand first without --config, and switches without true."""
+    """A command line for ``parse_cli``: its recipe may stand first without --config, and its switches without true."""
     named = argv and not argv[0].startswith("-")
     words = ["--config", *argv] if named else list(argv)
     return [f"{word}=true" if word in ("--json", "--check") else word for word in words]

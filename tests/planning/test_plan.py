@@ -20,7 +20,7 @@ from gpt2_hf.knobs import ConfigError
 from gpt2_hf.model import GPTForCausalLM
 from gpt2_hf.planning.cards import CARDS, M124, M355, M1558, parse_gpus
 from gpt2_hf.planning.memory import Parameters, Way, activation_bytes, memory_of
-from gpt2_hf.planning.plan import PlanConfig, make_plan, text, to_json, way_here, plain
+from gpt2_hf.planning.plan import PlanConfig, make_plan, plain, text, to_json, way_here
 from gpt2_hf.planning.speed import Rates, cpu_step_seconds
 from gpt2_hf.training.build import build_accelerator, build_model, set_precision
 from gpt2_hf.training.optim import build_optimizers
