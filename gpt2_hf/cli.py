@@ -44,7 +44,7 @@ def parse_cli(cls: type[ConfigT], argv: list[str] | None = None, positional: str
     Raises:
         SystemExit: 2 after one line on stderr for anything wrong; 0 after ``--help``.
     """
-    kinds, hints = field_types(cls), getattr(cls, "HINTS", {})
+    kinds, hints, aliases = field_types(cls), getattr(cls, "HINTS", {}), getattr(cls, "ALIASES", {})
     parser = Arguments((cls.__doc__ or "").strip().splitlines()[0])
     text = "recipe (YAML) to start from; the other arguments override it"
     parser.add_argument("--config", metavar="FILE", action="append", default=[], help=text)
@@ -52,7 +52,7 @@ def parse_cli(cls: type[ConfigT], argv: list[str] | None = None, positional: str
         parser.add_argument("words", metavar=positional, nargs="*", help=f"the same as --{positional}")
     _add_fields(parser, cls)
     try:
-        given = vars(parser.parse_args(_join_values(sys.argv[1:] if argv is None else argv, kinds, hints)))
+        given = vars(parser.parse_args(_join_values(sys.argv[1:] if argv is None else argv, kinds, hints, aliases)))
         values: dict[str, Any] = {}
         for path in given.pop("config"):
             values |= _recipe_values(Path(path), kinds, hints)
@@ -176,7 +176,9 @@ def _metavar(name: str, annotation: Any) -> str:
 # The command line and recipes, before their values are looked at
 
 
-def _join_values(argv: Iterable[str], kinds: dict[str, Any], hints: dict[str, str]) -> list[str]:
+def _join_values(
+    argv: Iterable[str], kinds: dict[str, Any], hints: dict[str, str], aliases: dict[str, str]
+) -> list[str]:
     """``--name value`` as ``--name=value``, whatever the value starts with, refusing names that do not exist."""
     joined: list[str] = []
     items = iter(argv)
@@ -186,6 +188,7 @@ def _join_values(argv: Iterable[str], kinds: dict[str, Any], hints: dict[str, st
             continue
         name, equals, value = item[2:].partition("=")
         name = name.replace("-", "_")  # --on-error is --on_error
+        name = aliases.get(name, name)
         if name != "config":
             _check_known(name, kinds, hints)
         given = value if equals else next(items, None)

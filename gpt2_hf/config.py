@@ -34,6 +34,7 @@ class ModelSection(Knobs):
         vocab_size: rows of the embedding; must fit the data's tokenizer.
         dropout: probability, on embeddings, attention weights and residual branches alike.
         attn_implementation: auto, or a name that transformers knows: sdpa, eager, flex_attention, flash_attention_2...
+        init_from: begin with the weights of this run, gpt2 folder or model of the Hub, which must have this shape.
     """
 
     _prefix: ClassVar[str] = "model."
@@ -46,6 +47,7 @@ class ModelSection(Knobs):
     vocab_size: Count | None = None
     dropout: Annotated[float, Range(0, below=1)] = 0.0
     attn_implementation: Annotated[str, Filled()] = "auto"
+    init_from: Annotated[str, PathName()] | None = None
 
     def gpt_config(self) -> GPTConfig:
         """The model's own configuration. Raises ConfigError for a shape that cannot be."""
@@ -266,12 +268,16 @@ class RunConfig(Knobs):
         **dict.fromkeys(("grad_clip", "gradient_clipping"), "use optim.max_grad_norm"),
         **dict.fromkeys(("wandb", "report_to", "wandb_log"), "use --train.trackers '[wandb]'"),
         **dict.fromkeys(
-            ("resume", "resume_from_checkpoint", "init_from"),
+            ("resume", "resume_from_checkpoint"),
             "a run resumes by itself: start it again, or use resume.from for a checkpoint that is not its newest",
         ),
+        **dict.fromkeys(("init_from", "pretrained", "model_name_or_path"), "use model.init_from"),
         **dict.fromkeys(("from_", "start_from", "resume_from"), "use resume.from"),
         **dict.fromkeys(("dtype", "mixed_precision", "bf16", "fp16"), "use train.precision"),
     }
+
+    # Short names that the command line takes too.
+    ALIASES: ClassVar[dict[str, str]] = {"init_from": "model.init_from"}
 
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)

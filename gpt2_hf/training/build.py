@@ -34,6 +34,7 @@ from ..model.versions import check_first_step
 from . import checkpoint
 from .distributed import Host, distribute, hide_shards_from_accelerate, sharding_mesh
 from .heart import collective_timeout
+from .initial import find_initial, recorded
 from .kernels import KernelCheck
 from .measures import Measures, build_document_mask
 from .metrics import RunLog, Throughput, flops_per_token
@@ -88,7 +89,9 @@ def build(
     if mesh is not None and precision == "fp16":
         raise ConfigError("train.precision fp16 needs the whole model on each GPU: leave FSDP out, or use bf16 or fp32")
     accelerator = build_accelerator(config, precision)
-    bare_model = build_model(config, start.checkpoint, accelerator, precision)
+    initial = find_initial(config, start, host)
+    began_with = recorded(start, initial)
+    bare_model = build_model(config, initial.folder if initial else start.checkpoint, accelerator, precision)
     tokenizer = load_tokenizer()
     model = distribute(bare_model, accelerator, mesh, DTYPES[precision])
     optimizers = build_optimizers(bare_model, config.optim, state.device)
@@ -105,7 +108,7 @@ def build(
     measures = Measures(config, accelerator, bare_model, tokenizer, data.val, DTYPES[precision], stop.safe_point)
     documents = build_document_mask(config, data.train, bare_model, DTYPES[precision])
     throughput = build_throughput(config, accelerator, bare_model, precision)
-    log = open_log(config, accelerator, folder, start, data.train, precision)
+    log = open_log(config, accelerator, folder, start, data.train, precision, began_with)
     # A host of its own, as its thread talks while training may.
     savers = Host(state, collective_timeout(config.train.timeout_s))
     saver = checkpoint.Saver(savers, bare_model, optimizers, tokenizer, warn=log.say, waiting=stop.heart.moved)
@@ -128,7 +131,7 @@ def build(
         watch=watch,
         saver=saver,
         stop=stop,
-        identity=identity(config, data.train),
+        identity=identity(config, data.train) | {"init_from": began_with},
     )
 
 
@@ -184,9 +187,9 @@ def build_accelerator(config: RunConfig, precision: str) -> Accelerator:
 
 
 def build_model(
-    config: RunConfig, resume_from: Path | None, accelerator: Accelerator, precision: str
+    config: RunConfig, weights_from: Path | None, accelerator: Accelerator, precision: str
 ) -> GPTForCausalLM:
-    """The model, new or from a checkpoint, in fp32 (fp64 when asked for), with its blocks compiled where possible."""
+    """The model, new or with a folder's weights, in fp32 (fp64 when asked for); its blocks compiled where possible."""
     device = accelerator.device
     obstacle = {"off": "switched off", "on": None}.get(config.train.compile, hardware.compile_obstacle(device))
     try:
@@ -202,9 +205,9 @@ def build_model(
         raise ConfigError(f"model.attn_implementation: {error}") from None
     dtype = torch.float64 if precision == "fp64" else torch.float32
     gpt_config = config.model.gpt_config()
-    if resume_from:  # with the present configuration: dropout may have changed since
+    if weights_from:  # with the present configuration: a checkpoint's dropout may have changed since
         model = GPTForCausalLM.from_pretrained(
-            resume_from, config=gpt_config, dtype=dtype, attn_implementation=attention
+            weights_from, config=gpt_config, dtype=dtype, attn_implementation=attention
         )
     else:
         torch.manual_seed(config.train.seed)
@@ -255,10 +258,12 @@ def open_log(
     start: Start,
     data: ShardSet,
     precision: str,
+    began_with: dict[str, str] | None = None,
 ) -> RunLog:
     """Write down what the run is, start the trackers, and open metrics.jsonl."""
     run_dir = folder.path
-    folder.record(config.to_yaml(), environment(accelerator, data, precision), start.step)
+    facts = environment(accelerator, data, precision) | ({"init_from": began_with} if began_with else {})
+    folder.record(config.to_yaml(), facts, start.step)
     accelerator.wait_for_everyone()
     trackers = None
     if config.train.trackers and accelerator.is_main_process:
@@ -267,6 +272,8 @@ def open_log(
     steps, batch = config.train.steps, config.train.global_batch_tokens
     if start.checkpoint:
         accelerator.print(f"resuming from {start.checkpoint}")
+    elif began_with:
+        accelerator.print(f"beginning with the weights of {began_with['name']} ({began_with['weights'][:12]})")
     accelerator.print(
         f"{data.n_tokens:,} training tokens; steps {start.step:,} to {steps:,} of {batch:,} tokens = "
         f"{config.train.micro_batch_size} x {config.data.seq_len} x {accelerator.num_processes} processes x "

@@ -127,6 +127,7 @@ def identity(config: RunConfig, data: ShardSet) -> dict[str, Any]:
     """What must not change in the middle of a run, because its curve would then mean nothing."""
     return {
         **{f"model.{name}": getattr(config.model.gpt_config(), name) for name in SHAPE},
+        "model.init_from": config.model.init_from,
         "data": data.fingerprint,
         "data.seq_len": config.data.seq_len,
         "data.document_mask": config.data.document_mask,
@@ -294,7 +295,7 @@ def _check(config: RunConfig, data: ShardSet, found: Path, rewind: Rewind | None
 
 def _refuse_other(config: RunConfig, data: ShardSet, saved: dict[str, Any], place: str) -> None:
     """Raise ConfigError when a checkpoint's state is that of another run, naming all that differs and is not forced."""
-    saved = {"data.document_mask": False} | saved  # older checkpoints don't name it
+    saved = {"data.document_mask": False, "model.init_from": None} | saved  # older checkpoints don't name them
     now = identity(config, data)
     if unknown := set(config.resume.force) - now.keys():
         raise ConfigError(f"resume.force: {', '.join(sorted(unknown))} is not among {', '.join(now)}")

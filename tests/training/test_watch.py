@@ -137,6 +137,7 @@ IDENTITY = {
     "model.n_embd": 36,
     "model.n_positions": 65,
     "model.vocab_size": 252,
+    "model.init_from": "another/model",
     "data.seq_len": 16,
     "data.document_mask": True,
     "optim.name": "muon",
