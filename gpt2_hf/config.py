@@ -34,7 +34,8 @@ class ModelSection(Knobs):
         vocab_size: rows of the embedding; must fit the data's tokenizer.
         dropout: probability, on embeddings, attention weights and residual branches alike.
         attn_implementation: auto, or a name that transformers knows: sdpa, eager, flex_attention, flash_attention_2...
-        init_from: begin with the weights of this run, gpt2 folder or model of the Hub, which must have this shape.
+        init_from: begin with the weights of this run, gpt2 folder or model of the Hub, which must have this shape (also
+            --init_from).
     """
 
     _prefix: ClassVar[str] = "model."

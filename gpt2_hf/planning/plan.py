@@ -143,7 +143,7 @@ def make_plan(config: RunConfig, gpus: str | None = None, price: float | None = 
         if words := slower_kernels(config)[1]:
             source += f"; {words}, {slower_kernels(config)[0]} of that (assumed)"
         if n_devices > 1:
-            source += "; links assumed"
+            source += "; links between cards assumed"
     else:
         rates = measure_rates(way.precision)
         step = cpu_step_seconds(config, way, n, rates, micro_batch_size, micro_steps)
@@ -307,11 +307,13 @@ def _memory_table(plan: Plan) -> list[tuple[str, str]]:
     def row(label: str, cells: Iterable[Any]) -> tuple[str, str]:
         return "", f"{label:<28}" + "".join(f"{cell:>20}" for cell in cells)
 
-    rows = [row("GB on each", [sharing.name for sharing in plan.sharings])] if plan.n_devices > 1 else []
+    rows = [("memory", "GB on each device, at the moment when most is held")]
+    if plan.n_devices > 1:
+        rows.append(row("", [sharing.name for sharing in plan.sharings]))
     for name, label in PARTS.items():
         rows.append(row(label, [f"{getattr(sharing.memory, name) / 1e9:.2f}" for sharing in plan.sharings]))
     rows.append(row("micro-batch that fits", [sharing.fits or "none" for sharing in plan.sharings]))
-    return [("memory, GB", rows[0][1]), *rows[1:]]
+    return rows
 
 
 def _data_line(plan: Plan, config: RunConfig) -> str:

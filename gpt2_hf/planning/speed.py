@@ -25,7 +25,7 @@ SOFTMAX = {True: 3.3, False: 12.0}  # for each logit; compiled or not
 BETWEEN = {True: 75.0, False: 115.0}  # for each number of the residual stream and block
 SCORES = 4.9  # for each pair of positions and head that attention looks at
 MICRO_STEP, STEP = 0.010, 0.010  # seconds in which nothing is computed
-MUON, MUON_BEGIN = 3.0, 0.020  # its small products take longer; seconds in which they are put together
+MUON, MUON_BEGIN = 2.5, 0.015  # its small products take longer; seconds in which they are put together
 FORWARD = 1 / 3  # of the time of training on as many tokens
 
 # Measured: what an item of HellaSwag costs, in tokens of training, and how long a run takes to begin.
