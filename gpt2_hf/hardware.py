@@ -42,7 +42,7 @@ _PEAK_BF16 = (
 _ISA_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 # Newest first -> major compute capabilities that it has kernels for, whether it can drop out, and how to install it.
-_FLASH_ATTENTION = {
+FLASH_ATTENTION = {
     "flash_attention_4": ((9, 10), False, "pip install flash-attn-4"),
     "flash_attention_3": (
         (9,),
@@ -96,12 +96,21 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for key, peak in _PEAK_BF16:
-            if re.search(rf"{key}\b", name):  # an A1000 is no A100
-                return peak, f"{name}, data sheet bf16"
+        if (peak := data_sheet_peak(name)) is not None:
+            return peak, f"{name}, data sheet bf16"
     if dtype == torch.bfloat16 and default_precision(device) != "bf16":
         dtype = torch.float32
     return measure_gemm(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matrix product"
+
+
+def data_sheet_name(device_name: str) -> str | None:
+    """The name in the table of peaks of a GPU that its driver calls so, or None when it isn't there."""
+    return next((key for key, _ in _PEAK_BF16 if re.search(rf"{key}\b", device_name)), None)  # an A1000 is no A100
+
+
+def data_sheet_peak(device_name: str) -> float | None:
+    """FLOP/s of dense bf16 products of a GPU by its data sheet, or None for one that is not in the table."""
+    return dict(_PEAK_BF16).get(data_sheet_name(device_name) or "")
 
 
 def measure_gemm(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
@@ -157,8 +166,8 @@ def choose_attention(
     Raises:
         ValueError: one line, when a FlashAttention is asked for by name that cannot work, or is not installed.
     """
-    if requested in _FLASH_ATTENTION:
-        if obstacle := _flash_obstacle(requested, device, precision, dropout, by_name=True):
+    if requested in FLASH_ATTENTION:
+        if obstacle := flash_obstacle(requested, device, precision, dropout, by_name=True):
             raise ValueError(f"{requested} {obstacle}; or leave it at auto")
         return requested, "asked for"
     if requested != "auto":
@@ -169,21 +178,21 @@ def choose_attention(
         return "sdpa", f"PyTorch's fused attention, on {device.type} in {precision}"
     if document_mask:
         major = torch.cuda.get_device_capability(device)[0]
-        for name, (majors, _, _) in _FLASH_ATTENTION.items():
-            if major in majors and _flash_obstacle(name, device, precision, dropout) is None:
+        for name, (majors, _, _) in FLASH_ATTENTION.items():
+            if major in majors and flash_obstacle(name, device, precision, dropout) is None:
                 return name, "the newest FlashAttention installed that fits"
         if not dropout and compile_obstacle(device) is None:
             return "flex_attention", "skips what the document mask hides, as an installed FlashAttention would"
     return "sdpa", f"PyTorch's fused attention, {_sdpa_kernel(device, precision, dropout, document_mask)} kernel"
 
 
-def _flash_obstacle(
+def flash_obstacle(
     name: str, device: torch.device, precision: str, dropout: float, by_name: bool = False
 ) -> str | None:
     """Why a FlashAttention cannot be used, or None when it can; ``by_name`` lets transformers fetch its kernels."""
     import transformers.utils as hf
 
-    _, has_dropout, install = _FLASH_ATTENTION[name]
+    _, has_dropout, install = FLASH_ATTENTION[name]
     if device.type != "cuda":
         return f"needs CUDA, this is {device.type}"
     if precision not in ("bf16", "fp16"):

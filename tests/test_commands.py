@@ -59,6 +59,17 @@ WRONG = {
         },
     ),
     "report.py": ([], {"": (*NO_PATHS, "nowhere"), "--out": NO_PATHS}),
+    "doctor.py": ([], {"--run_dir": NO_PATHS, "--seconds": (*NO_NUMBERS, "-1", "1e9")}),
+    "plan.py": (
+        [],
+        {
+            "": ("nowhere.yaml", "no folder/x.yaml"),
+            "--gpus": ("", "8x", "V100", "0xH100", "8xTPU"),
+            "--price": (*NO_NUMBERS, "-1"),
+            "--train.steps": NO_POSITIVES,
+            "--nothing": ("1",),
+        },
+    ),
     "publish.py": (["nowhere"], {"": (*NO_PATHS, "nowhere"), "--check": ("x",)}),
     "convert.py": (
         ["nowhere.pt", "out"],

@@ -1,0 +1,359 @@
+"""What a recipe will take on a machine: memory, time, money, room on the disk; on one page, before anything is made."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import torch
+
+from .. import hardware
+from ..config import RunConfig
+from ..data.folder import ShardError
+from ..data.remote import open_folder
+from ..data.shards import open_split
+from ..knobs import ConfigError, Range
+from ..training import preflight
+from ..training.metrics import flops_per_token
+from .cards import Card, card_here, parse_gpus
+from .memory import WIDTH, Memory, Parameters, Way, memory_of
+from .speed import BEGIN, cpu_step_seconds, gpu_step_seconds, measure_rates, measuring_tokens, slower_kernels
+
+PER_MACHINE = 8  # GPUs, where more are asked for
+TOKENIZER_BYTES = 3.4e6
+
+PARTS = {
+    "weights": "weights",
+    "averages": "averages of the optimizer",
+    "gradients": "gradients",
+    "copies": "weights cast or gathered",
+    "activations": "activations",
+    "loss": "head and a chunk of logits",
+    "rest": "libraries, allocator",
+    "total": "in all",
+}
+
+
+@dataclass(frozen=True)
+class PlanConfig(RunConfig):
+    """Say what a recipe takes on a machine: memory, time, money, disk.
+
+    Args:
+        gpus: number and kind of the cards, such as 8xH100; without it this machine is meant.
+        price: dollars for an hour of one card.
+        json: print the figures as JSON.
+        check: measure small models here beside their predictions instead (minutes).
+    """
+
+    gpus: str | None = None
+    price: Annotated[float, Range(0)] | None = None
+    json: bool = False
+    check: bool = False
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How ranks hold the model, and what that takes of each."""
+
+    name: str
+    memory: Memory
+    fits: int  # the largest micro-batch that fits; 0: none does
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of a run: bytes, seconds, dollars.
+
+    Attributes:
+        micro_batch_size: the recipe's, or where that doesn't fit or doesn't divide, the largest that does.
+        why_not: what keeps the recipe's own from being used; "" where it is.
+        source: what the time is predicted from.
+    """
+
+    machine: str
+    n_devices: int
+    device_memory: float
+    parameters: Parameters
+    flops_per_token: int
+    tokens: int
+    steps: int
+    micro_batch_size: int
+    micro_steps: int
+    why_not: str
+    sharings: list[Sharing]
+    tokens_per_sec: float
+    step_seconds: float
+    training_seconds: float
+    measuring_seconds: float
+    mfu: float
+    source: str
+    dollars: float | None
+    checkpoint_bytes: float
+    kept_checkpoints: int
+    kept_bytes: float
+    data_tokens: int | None
+    data_bytes: float
+
+
+def make_plan(config: RunConfig, gpus: str | None = None, price: float | None = None) -> Plan:
+    """The figures of a run of ``config`` on ``gpus``, by default on this machine.
+
+    Raises:
+        ConfigError: for a card that is not known, or a batch that does not divide among the devices.
+    """
+    card: Card | None = None
+    if gpus is not None:
+        n_devices, card = parse_gpus(gpus)
+        way, machine = _way(config, card), f"{n_devices} x {card.name}"
+    else:
+        device = hardware.pick_device("auto")
+        if device.type not in ("cuda", "cpu"):
+            raise ConfigError(f"there is no plan for {device.type}: name cards with --gpus, such as --gpus 1xH100")
+        n_devices = max(1, torch.cuda.device_count())
+        card = card_here(device) if device.type == "cuda" else None
+        way, machine = way_here(config, device), hardware.describe(device)
+    n = Parameters.of(config)
+    if config.train.global_batch_tokens % (config.data.seq_len * n_devices):
+        config.grad_accum_steps(n_devices)  # raises, naming the batches that divide
+    # A process on a CPU has libraries in its memory already, as this one has.
+    room = card.memory if card else preflight.memory_of(torch.device("cpu")) - psutil.Process().memory_info().rss
+    ways = _ways(way, n_devices)
+    n_windows = config.train.global_batch_tokens // (config.data.seq_len * n_devices)
+    fits = {
+        name: max(
+            (size for size in _divisors(n_windows) if _memory(config, each, n, size, n_devices).total <= room),
+            default=0,
+        )
+        for name, each in ways.items()
+    }
+    micro_batch_size, why_not = _choose(config, n_devices, max(fits.values()))
+    micro_steps = n_windows // micro_batch_size
+    sharings = [
+        Sharing(name, _memory(config, each, n, micro_batch_size, n_devices), fits[name]) for name, each in ways.items()
+    ]
+    flops = flops_per_token(n.total, config.model.gpt_config(), config.data.seq_len)
+    if card is not None:
+        step = gpu_step_seconds(config, card, n, flops, n_devices, micro_steps)
+        peak, source = card.peak, f"MFU {card.mfu_of(n.total):.1%} of {card.name}, {card.source}"
+        if words := slower_kernels(config)[1]:
+            source += f"; {words}, {slower_kernels(config)[0]} of that (assumed)"
+        if n_devices > 1:
+            source += "; links between cards assumed"
+    else:
+        rates = measure_rates(way.precision)
+        step = cpu_step_seconds(config, way, n, rates, micro_batch_size, micro_steps)
+        peak = rates.products
+        source = f"{rates.products / 1e9:,.0f} GFLOP/s and {rates.copy / 1e9:.0f} GB/s, measured now"
+    speed = config.train.global_batch_tokens / step
+    training = config.train.steps * step
+    measuring = measuring_tokens(config, way.device) / speed
+    hours = (training + measuring + BEGIN[way.device]) / 3600
+    size, kept = checkpoints(config, way, n)
+    data_tokens, data_bytes = _data(config)
+    return Plan(
+        machine=machine,
+        n_devices=n_devices,
+        device_memory=room,
+        parameters=n,
+        flops_per_token=flops,
+        tokens=config.train.steps * config.train.global_batch_tokens,
+        steps=config.train.steps,
+        micro_batch_size=micro_batch_size,
+        micro_steps=micro_steps,
+        why_not=why_not,
+        sharings=sharings,
+        tokens_per_sec=speed,
+        step_seconds=step,
+        training_seconds=training,
+        measuring_seconds=measuring + BEGIN[way.device],
+        mfu=speed * flops / (peak * n_devices),
+        source=source,
+        dollars=None if price is None else hours * n_devices * price,
+        checkpoint_bytes=size,
+        kept_checkpoints=kept,
+        kept_bytes=kept * size + WIDTH["fp32"] * n.total + TOKENIZER_BYTES,
+        data_tokens=data_tokens,
+        data_bytes=data_bytes,
+    )
+
+
+def _way(config: RunConfig, card: Card) -> Way:
+    """How training computes on a card that need not be here."""
+    precision, attention = config.train.precision, config.model.attn_implementation
+    if precision == "auto":
+        precision = "fp16" if card.name == "T4" else "bf16"
+    return Way("cuda", precision, config.train.compile != "off", "sdpa" if attention == "auto" else attention)
+
+
+def way_here(config: RunConfig, device: torch.device) -> Way:
+    """What training chooses on this machine. Raises ConfigError where it cannot do what is asked for."""
+    precision = hardware.default_precision(device) if config.train.precision == "auto" else config.train.precision
+    is_compiled = {"off": False, "on": True}.get(config.train.compile, hardware.compile_obstacle(device) is None)
+    model, mask = config.model, config.data.document_mask
+    try:
+        attention, _ = hardware.choose_attention(
+            model.attn_implementation, device, precision, model.dropout, mask, compiled=is_compiled
+        )
+    except ValueError as error:
+        raise ConfigError(f"model.attn_implementation: {error}") from None
+    return Way(device.type, precision, is_compiled, attention)
+
+
+def _memory(config: RunConfig, way: Way, n: Parameters, micro_batch_size: int, n_devices: int) -> Memory:
+    accumulates = config.train.global_batch_tokens > micro_batch_size * config.data.seq_len * n_devices
+    return memory_of(config, way, n, micro_batch_size, accumulates)
+
+
+def _ways(way: Way, n_devices: int) -> dict[str, Way]:
+    """The ways to share a model that so many cards have."""
+    if n_devices == 1:
+        return {"": way}
+    found = {"whole on each (ddp)": way, f"fsdp2, {n_devices} shares": replace(way, shards=n_devices)}
+    if n_devices > PER_MACHINE and n_devices % PER_MACHINE == 0:
+        found[f"hsdp, {n_devices // PER_MACHINE} x {PER_MACHINE}"] = replace(way, shards=PER_MACHINE)
+    return found
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _choose(config: RunConfig, n_devices: int, fits: int) -> tuple[int, str]:
+    """The micro-batch to plan with, and what keeps the recipe's own from it."""
+    asked = config.train.micro_batch_size
+    if not fits:
+        return 1, "not even one window fits: try --train.gradient_checkpointing true, or more or larger cards"
+    if config.train.global_batch_tokens % (asked * config.data.seq_len * n_devices):
+        why_not = f"the recipe's {asked} does not divide the batch"
+    elif asked > fits:
+        why_not = f"the recipe's {asked} does not fit"
+    else:
+        return asked, ""
+    return fits, f"{why_not}: --train.micro_batch_size {fits}"
+
+
+def checkpoints(config: RunConfig, way: Way, n: Parameters) -> tuple[float, int]:
+    """Bytes of a checkpoint, and the most of them that are kept at a time, beside the finished model."""
+    keep, width = config.checkpoint, 8 if way.precision == "fp64" else 4
+    averages = 2 * n.total - (n.matrices if config.optim.name == "muon" else 0)
+    size = width * (n.total + averages) + TOKENIZER_BYTES
+    n_saved = config.train.steps // keep.save_every if keep.save_every else 0
+    n_for_good = config.train.steps // keep.keep_every if keep.keep_every else 0
+    is_measured = keep.keep_best and bool(config.eval.val_every)
+    return size, min(n_saved, keep.keep_last + n_for_good + is_measured)
+
+
+def _data(config: RunConfig) -> tuple[int | None, float]:
+    """Tokens to train on and bytes of the data; of data that is not here what one epoch would need."""
+    needed = config.train.steps * config.train.global_batch_tokens
+    if not Path(config.data.path).is_dir():
+        return None, 2.0 * needed
+    try:
+        shards = open_split(open_folder(config.data.path), "train")
+    except (ShardError, OSError):
+        return None, 2.0 * needed
+    return shards.n_tokens, float(sum(path.stat().st_size for path in Path(config.data.path).rglob("*.*")))
+
+
+def text(plan: Plan, config: RunConfig) -> str:
+    """A plan on one page."""
+    n, seq_len = plan.parameters, config.data.seq_len
+    lines = [
+        ("machine", f"{plan.machine}, {plan.device_memory / 2**30:,.1f} GiB" + (" each" if plan.n_devices > 1 else "")),
+        (
+            "model",
+            f"{n.total:,} parameters, {n.total - n.embeddings:,} without embeddings; {plan.flops_per_token / 1e6:,.0f} "
+            f"MFLOPs a token (6 N + 12 L C T), {plan.flops_per_token * plan.tokens:.3g} in all",
+        ),
+        ("run", f"{plan.steps:,} steps of {config.train.global_batch_tokens:,} tokens = {_short(plan.tokens)} tokens"),
+        ("batch", _batch(plan, seq_len)),
+        ("", ""),
+        *_memory_table(plan),
+        ("", ""),
+        (
+            "speed",
+            f"{plan.tokens_per_sec:,.0f} tokens/s, {_seconds(plan.step_seconds)} a step, MFU {plan.mfu:.1%}; "
+            f"from {plan.source}",
+        ),
+        (
+            "time",
+            f"{_seconds(plan.training_seconds)} of training, {_seconds(plan.measuring_seconds)} of beginning and "
+            f"measuring: {_seconds(plan.training_seconds + plan.measuring_seconds)}"
+            + (f", ${plan.dollars:,.2f}" if plan.dollars is not None else ""),
+        ),
+        (
+            "checkpoints",
+            f"{_bytes(plan.checkpoint_bytes)} each, at most {plan.kept_checkpoints} kept: {_bytes(plan.kept_bytes)} in "
+            f"all, with the finished model",
+        ),
+        ("data", _data_line(plan, config)),
+    ]
+    return "\n".join(f"{name:<12}{value}".rstrip() for name, value in lines)
+
+
+def _batch(plan: Plan, seq_len: int) -> str:
+    cards = f" x {plan.n_devices} cards" if plan.n_devices > 1 else ""
+    words = f"micro-batches of {plan.micro_batch_size} windows x {seq_len}{cards} x {plan.micro_steps} accumulated"
+    return words + (f" ({plan.why_not})" if plan.why_not else "")
+
+
+def _memory_table(plan: Plan) -> list[tuple[str, str]]:
+    def row(label: str, cells: Iterable[Any]) -> tuple[str, str]:
+        return "", f"{label:<28}" + "".join(f"{cell:>20}" for cell in cells)
+
+    rows = [("memory", "GB on each device, at the moment when most is held")]
+    if plan.n_devices > 1:
+        rows.append(row("", [sharing.name for sharing in plan.sharings]))
+    for name, label in PARTS.items():
+        rows.append(row(label, [f"{getattr(sharing.memory, name) / 1e9:.2f}" for sharing in plan.sharings]))
+    rows.append(row("micro-batch that fits", [sharing.fits or "none" for sharing in plan.sharings]))
+    return rows
+
+
+def _data_line(plan: Plan, config: RunConfig) -> str:
+    if plan.data_tokens is None:
+        return (
+            f"{config.data.path} is not here: {_bytes(plan.data_bytes)} as tokens if no token is to come twice, and as "
+            f"much again while it is prepared"
+        )
+    epochs = plan.tokens / plan.data_tokens
+    return f"{_short(plan.data_tokens)} tokens in {config.data.path}, {_bytes(plan.data_bytes)}: {epochs:.2f} epochs"
+
+
+def _short(number: float) -> str:
+    for size, name in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.2f}{name}"
+    return f"{number:,.0f}"
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:,.0f} MB"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1e3:,.0f} ms"
+    if seconds < 120:
+        return f"{seconds:,.1f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 2 * 3600 else f"{seconds / 3600:,.1f} h"
+
+
+def to_json(plan: Plan) -> str:
+    figures: dict[str, Any] = asdict(plan)
+    for sharing, found in zip(plan.sharings, figures["sharings"], strict=True):
+        found["memory"]["total"] = sharing.memory.total
+    return json.dumps(figures, indent=1)
+
+
+def plain(argv: Sequence[str]) -> list[str]:
+    """A command line for ``parse_cli``: its recipe may stand first without --config, and its switches without true."""
+    named = argv and not argv[0].startswith("-")
+    words = ["--config", *argv] if named else list(argv)
+    return [f"{word}=true" if word in ("--json", "--check") else word for word in words]
