@@ -50,9 +50,10 @@ def parse_cli(cls: type[ConfigT], argv: list[str] | None = None, positional: str
     parser.add_argument("--config", metavar="FILE", action="append", default=[], help=text)
     if positional:
         parser.add_argument("words", metavar=positional, nargs="*", help=f"the same as --{positional}")
-    _add_fields(parser, cls)
+    aliases = getattr(cls, "ALIASES", {})
+    _add_fields(parser, cls, {full: f"--{short}" for short, full in aliases.items()})
     try:
-        written = _join_values(sys.argv[1:] if argv is None else argv, kinds, hints, getattr(cls, "ALIASES", {}))
+        written = _join_values(sys.argv[1:] if argv is None else argv, kinds, hints, aliases)
         given = vars(parser.parse_args(written))
         values: dict[str, Any] = {}
         for path in given.pop("config"):
@@ -88,17 +89,19 @@ def _is_section(annotation: Any) -> bool:
     return dataclasses.is_dataclass(annotation) and isinstance(annotation, type)
 
 
-def _add_fields(parser: Any, cls: type, prefix: str = "") -> None:
+def _add_fields(parser: Any, cls: type, short: dict[str, str], prefix: str = "") -> None:
     """A flag for each field, those of a section in a group that has its docstring for a title."""
     described = _described(cls)
     for name, annotation, default in _fields(cls):
         if _is_section(annotation):
             title = (annotation.__doc__ or "").strip().splitlines()[0].rstrip(".")
-            _add_fields(parser.add_argument_group(title), annotation, f"{prefix}{name}.")
+            _add_fields(parser.add_argument_group(title), annotation, short, f"{prefix}{name}.")
         else:
             text = _help(described[knob_name(name)], annotation, default)
             metavar = _metavar(knob_name(name), annotation)
-            parser.add_argument(f"--{prefix}{knob_name(name)}", default=argparse.SUPPRESS, metavar=metavar, help=text)
+            full = f"{prefix}{knob_name(name)}"
+            flags = [f"--{full}", *([short[full]] if full in short else [])]
+            parser.add_argument(*flags, dest=full, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
 def _build(cls: type[ConfigT], values: dict[str, Any], prefix: str = "") -> ConfigT:

@@ -35,7 +35,7 @@ class ModelSection(Knobs):
         dropout: probability, on embeddings, attention weights and residual branches alike.
         attn_implementation: auto, or a name that transformers knows: sdpa, eager, flex_attention, flash_attention_2...
         init_from: begin with the weights of a gpt2 folder, a run or a model of the Hub, of the same shape, instead of
-            random ones; short: --init_from. A resumed run needs them no more.
+            random ones. A resumed run needs them no more.
     """
 
     _prefix: ClassVar[str] = "model."
