@@ -266,6 +266,48 @@ def test_without_a_package_the_other_one_is_written(make_run, monkeypatch, capsy
     assert re.fullmatch(r"error: .* needs \w+: pip install .*\n", told.err)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        (["--pdf"], ["run/curves.pdf"]),
+        (["-o", "x.svg", "--png"], ["x.svg", "run/curves.png"]),
+        (["-o", "new/x.html"], ["new/x.html"]),
+    ],
+    ids=["pdf", "svg and png", "page"],
+)
+def test_the_script_writes_what_it_is_asked_for(make_run, tmp_path, monkeypatch, capsys, arguments, written):
+    pytest.importorskip("matplotlib")
+    make_run()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", "run", *arguments])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert capsys.readouterr().out.split() == written
+    starts = {".pdf": b"%PDF", ".svg": b"<?xml", ".png": b"\x89PNG", ".html": b"<!doctype html>"}
+    for name in written:
+        assert Path(name).read_bytes().startswith(starts[Path(name).suffix])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--diff"], "--diff compares two runs, and 1 is given"),
+        (["--watch", "-o", "x.png"], "--watch writes a page, and x.png is none"),
+        (["--price", "0"], "price is 0.0, and must be > 0"),
+        (["-o", "x.docx"], "x.docx ends in .docx"),
+        (["nowhere"], "no rows in nowhere/metrics.jsonl"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_one_line(make_run, tmp_path, monkeypatch, capsys, arguments, line):
+    make_run()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", "run", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_browser_shows_the_page_without_an_error_or_a_request(make_run, tmp_path):
     """The page's policy makes a request an error on the console."""
