@@ -58,7 +58,17 @@ WRONG = {
             "--config": (*NO_PATHS, "nowhere.yaml"),
         },
     ),
-    "report.py": ([], {"": (*NO_PATHS, "nowhere"), "--out": NO_PATHS}),
+    "report.py": (
+        [],
+        {
+            "": (*NO_PATHS, "nowhere"),
+            "--out": NO_PATHS,
+            "--price": (*NO_NUMBERS, "0", "-1"),
+            "--every": (*NO_POSITIVES, "86401"),
+            "--diff": ("x",),
+            "--watch": ("x",),
+        },
+    ),
     "publish.py": (["nowhere"], {"": (*NO_PATHS, "nowhere"), "--check": ("x",)}),
     "convert.py": (
         ["nowhere.pt", "out"],
