@@ -18,6 +18,8 @@ def main() -> None:
         kind=path,
         help="x.html, or x.png, x.pdf, x.svg for the picture (default: report.html and curves.png in the first run)",
     )
+    for kind in ("png", "pdf"):
+        parser.add_argument(f"--{kind}", action="store_true", help=f"only curves.{kind} in the first run's folder")
     parser.add_knob("--price", kind=Annotated[float, Range(above=0)], help="dollars per GPU-hour, to draw against cost")
     parser.add_argument("--watch", action="store_true", help="write the page again and again while the run goes on")
     every = Annotated[int, Range(1, 86_400)]
@@ -30,8 +32,10 @@ def main() -> None:
     if args.diff:
         if len(runs) != 2:
             raise ValueError(f"--diff compares two runs, and {len(runs)} {'is' if len(runs) == 1 else 'are'} given")
-        _diff(*runs)
-    outs = [Path(args.out)] if args.out else [runs[0] / "report.html", runs[0] / "curves.png"]
+        raise SystemExit(_diff(*runs))
+    outs = [Path(args.out)] if args.out else []
+    outs += [runs[0] / f"curves.{kind}" for kind in ("png", "pdf") if vars(args)[kind]]
+    outs = outs or [runs[0] / "report.html", runs[0] / "curves.png"]
     if args.watch:
         if outs[0].suffix != ".html":
             raise ValueError(f"--watch writes a page, and {outs[0]} is none: name a file that ends in .html")
@@ -65,12 +69,13 @@ def _write(runs: list[Path], out: Path, price: float | None) -> Path:
     return plot_runs(runs, out)
 
 
-def _diff(a: Path, b: Path) -> None:
+def _diff(a: Path, b: Path) -> int:
+    """Print how they compare; returns the exit status."""
     from gpt2_hf.reporting.diff import compare_runs
 
     are_equal, lines = compare_runs(a, b)
     print("\n".join([f"{a} and {b} are {'equal' if are_equal else 'different'}", *lines]))
-    raise SystemExit(0 if are_equal else 1)
+    return 0 if are_equal else 1
 
 
 if __name__ == "__main__":

@@ -62,7 +62,17 @@ WRONG = {
             "--config": (*NO_PATHS, "nowhere.yaml"),
         },
     ),
-    "report.py": ([], {"": (*NO_PATHS, "nowhere"), "--out": NO_PATHS}),
+    "report.py": (
+        [],
+        {
+            "": (*NO_PATHS, "nowhere"),
+            "--out": NO_PATHS,
+            "--price": (*NO_NUMBERS, "0", "-1"),
+            "--every": (*NO_POSITIVES, "86401"),
+            "--diff": ("x",),
+            "--watch": ("x",),
+        },
+    ),
     "doctor.py": ([], {"--run_dir": NO_PATHS, "--seconds": (*NO_NUMBERS, "-1", "1e9")}),
     "plan.py": (
         [],

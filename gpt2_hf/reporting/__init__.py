@@ -1,5 +1,5 @@
-"""Run folders -> a reader: the curves of one run or several.
+"""Run folders -> a reader: curves as a page or a picture, and where two runs part.
 
-In come the folders of runs. Out come pictures and lines of text. Nothing else in the package imports this room, so
-looks may be touched freely.
+In come the folders of runs. Out come HTML pages, pictures and lines of text. Nothing else in the package imports this
+room, so looks may be touched freely.
 """

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
+from ..files import mask
 from ..program import UserError
 from ..runs import EVALUATIONS, read_rows
 
@@ -113,7 +114,7 @@ class Run:
     @cached_property
     def last(self) -> dict[str, Any]:
         """The newest value of each figure."""
-        return {key: value for row in self.rows for key, value in row.items()}
+        return {key: value for row in self.rows for key, value in row.items() if value is not None}
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens seen and values of one measurement, by tokens; where steps were made twice, the later row counts."""
@@ -279,7 +280,7 @@ def _marks(runs: Sequence[Run], key: str, published: dict[tuple[str, str], float
             key == "val_loss" and isinstance(data, dict) and data.get("path") != runs[0].settings.get("data.path")
         )
         if isinstance(value, float) and math.isfinite(value) and not elsewhere:
-            measured[str(row.get("model"))] = value  # the newest of each
+            measured[mask(str(row.get("model")))] = value  # the newest of each
     known = {name.rpartition("/")[2] for name in measured}
     return [
         *(Mark(name, value, "measured") for name, value in measured.items()),

@@ -242,7 +242,7 @@ def _changed(before: dict[str, Any], row: dict[str, Any]) -> bool:
 def _evaluations(runs: Sequence[Run]) -> str:
     parts = []
     for run in runs:
-        rows = [(row, figures) for row in run.evaluations if isinstance(figures := row.get("figures"), dict)]
+        rows = [(row, figures) for row in run.evaluations if (figures := _section_of(row, "figures"))]
         shown = [key for key in FIGURES if any(key in figures for _, figures in rows)]
         if rows:
             head = ("model", *(FIGURES[key][0] for key in shown), "data", "date", "command")
@@ -250,7 +250,7 @@ def _evaluations(runs: Sequence[Run]) -> str:
                 (
                     f"{run.name}/{row.get('model')}" if row.get("of_run") else row.get("model"),
                     *(_figure(key, figures) for key in shown),
-                    _scored(row.get("data")),
+                    _scored(_section_of(row, "data")),
                     _when(row.get("date")),
                     row.get("command", ""),
                 )
@@ -260,12 +260,18 @@ def _evaluations(runs: Sequence[Run]) -> str:
         tasks = [
             (row.get("model"), task, *_harness(figures))
             for row in run.evaluations
-            for task, figures in (row.get("harness") or {}).items()
+            for task, figures in _section_of(row, "harness").items()
             if isinstance(figures, dict)
         ]
         if tasks:
             parts.append(_table(("model", "lm-evaluation-harness task", "figures", "items"), tasks))
     return "".join(parts)
+
+
+def _section_of(row: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a record says below ``name``; nothing where that is no mapping."""
+    found = row.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _figure(key: str, figures: dict[str, Any]) -> str:
@@ -276,10 +282,8 @@ def _figure(key: str, figures: dict[str, Any]) -> str:
     return form.format(value) + (f"{PLUS_MINUS}{spread:.4f}" if isinstance(spread, float) else "")
 
 
-def _scored(data: Any) -> str:
-    if not isinstance(data, dict):
-        return ""
-    return f"{data.get('path')}: {data.get('n_windows', data.get('windows'))} windows of {data.get('seq_len')}"
+def _scored(data: dict[str, Any]) -> str:
+    return "" if not data else f"{data.get('path')}: {data.get('windows')} windows of {data.get('seq_len')}"
 
 
 def _harness(figures: dict[str, Any]) -> tuple[str, str]:
@@ -331,7 +335,7 @@ def _starts(runs: Sequence[Run]) -> str:
     parts = []
     for run in runs:
         lines = []
-        records = [{**flat(start.get("config") or {}), **_circumstances(start)} for start in run.starts]
+        records = [{**flat(_section_of(start, "config")), **_circumstances(start)} for start in run.starts]
         for start, before, now in zip(run.starts, [None, *records], records, strict=False):
             changed = differences([before, now]) if before else []
             what = "; ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in changed if before)

@@ -266,6 +266,48 @@ def test_without_a_package_the_other_one_is_written(make_run, monkeypatch, capsy
     assert re.fullmatch(r"error: .* needs \w+: pip install .*\n", told.err)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        (["--pdf"], ["run/curves.pdf"]),
+        (["-o", "x.svg", "--png"], ["x.svg", "run/curves.png"]),
+        (["-o", "new/x.html"], ["new/x.html"]),
+    ],
+    ids=["pdf", "svg and png", "page"],
+)
+def test_the_script_writes_what_it_is_asked_for(make_run, tmp_path, monkeypatch, capsys, arguments, written):
+    pytest.importorskip("matplotlib")
+    make_run()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", "run", *arguments])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert capsys.readouterr().out.split() == written
+    starts = {".pdf": b"%PDF", ".svg": b"<?xml", ".png": b"\x89PNG", ".html": b"<!doctype html>"}
+    for name in written:
+        assert Path(name).read_bytes().startswith(starts[Path(name).suffix])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--diff"], "--diff compares two runs, and 1 is given"),
+        (["--watch", "-o", "x.png"], "--watch writes a page, and x.png is none"),
+        (["--price", "0"], "price is 0.0, and must be > 0"),
+        (["-o", "x.docx"], "x.docx ends in .docx"),
+        (["nowhere"], "no rows in nowhere/metrics.jsonl"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_one_line(make_run, tmp_path, monkeypatch, capsys, arguments, line):
+    make_run()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report.py", "run", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_browser_shows_the_page_without_an_error_or_a_request(make_run, tmp_path):
     """The page's policy makes a request an error on the console."""
@@ -274,13 +316,22 @@ def test_a_browser_shows_the_page_without_an_error_or_a_request(make_run, tmp_pa
     path = write_page(folders, tmp_path / "report.html", price=2.0)
     told = """
     const one = Bokeh.documents[0].roots()[0];
-    document.querySelector("[data-axis=hours]").click();
-    document.querySelector("[data-run='1']").click();
-    console.log("seen:" + btoa(JSON.stringify({
-      end: one.x_range.end, label: one.below[0].axis_label, field: one.renderers[0].glyph.x.field,
+    const tell = () => console.log("seen:" + btoa(JSON.stringify({
+      range: [one.x_range.start, one.x_range.end], label: one.below[0].axis_label,
+      field: one.renderers[0].glyph.x.field,
       shown: one.renderers.map((line) => line.visible), wide: document.documentElement.scrollWidth - innerWidth,
     })));
-    fetch("https://example.org/").catch(() => 0);
+    if (sessionStorage.getItem("second")) {
+      tell();
+      fetch("https://example.org/").catch(() => 0);
+    } else {
+      sessionStorage.setItem("second", "yes");
+      document.querySelector("[data-axis=hours]").click();
+      document.querySelector("[data-run='1']").click();
+      tell();
+      one.x_range.setv({ start: 0.005, end: 0.01 });
+      location.reload();
+    }
     """
     html = path.read_text().replace("</body>", f"<script>setTimeout(() => {{ {told} }}, 1000)</script></body>")
     path.write_text(html)
@@ -288,12 +339,12 @@ def test_a_browser_shows_the_page_without_an_error_or_a_request(make_run, tmp_pa
     command += ["--virtual-time-budget=6000", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
     result = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120)
     lines = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
-    seen = json.loads(
-        base64.b64decode(next(re.search(r"seen:([\w+/=]+)", line)[1] for line in lines if "seen:" in line))
-    )
-    assert seen["end"] == pytest.approx(1.015 * 40_000 / 500 / 3600)
-    assert seen["label"] == "hours of training" and seen["field"] == "hours"
-    assert True in seen["shown"] and False in seen["shown"]
-    assert seen["wide"] <= 0
+    texts = [found[1] for line in lines if (found := re.search(r"seen:([\w+/=]+)", line))]
+    before, after = (json.loads(base64.b64decode(text)) for text in texts)
+    assert before.pop("range")[1] == pytest.approx(1.015 * 40_000 / 500 / 3600)
+    assert after.pop("range") == [0.005, 0.01]
+    assert before == after  # the page was loaded anew in between
+    assert after["label"] == "hours of training" and after["field"] == "hours" and after["wide"] <= 0
+    assert set(after["shown"]) == {True, False}
     odd = [line for line in lines if "[bokeh" not in line and "seen:" not in line]
     assert len(odd) == 2 and all("example.org" in line for line in odd), odd  # refused: the one that this test made

@@ -83,6 +83,7 @@
   }
 
   const plots = () => Bokeh.documents[0].roots();
+  const details = () => [...document.querySelectorAll("details")];
   const xRange = () => plots()[0].x_range;
 
   function theme() {
@@ -143,7 +144,9 @@
   function remember() {
     const ranges = [xRange(), ...plots().map((plot) => plot.y_range)].map(({ start, end }) => [start, end]);
     try {
-      sessionStorage.setItem(storageKey, JSON.stringify({ axis, hidden: [...hidden], ranges, atEnd: page.ends[axis] }));
+      const open = details().map((part) => part.open);
+      const state = { axis, hidden: [...hidden], ranges, atEnd: page.ends[axis], open };
+      sessionStorage.setItem(storageKey, JSON.stringify(state));
     } catch { /* without storage a reload begins anew */ }
   }
 
@@ -155,6 +158,7 @@
     if (!state || !(state.axis in page.ends) || state.ranges.length !== plots().length + 1) return;
     showAxis(state.axis);
     state.hidden.forEach((run) => hidden.add(run));
+    details().forEach((part, i) => { part.open = state.open[i] ?? false; });
     const [[start, end], ...ys] = state.ranges;
     const isZoomed = Math.abs(start + 0.015 * state.atEnd) > 1e-6 * state.atEnd ||
       Math.abs(end - 1.015 * state.atEnd) > 1e-6 * state.atEnd;
