@@ -105,6 +105,16 @@ def test_scores_equal_lm_evaluation_harness(folder, chosen, task, tokenizer, tas
         assert ours.metrics[f"hellaswag_{name}"] == np.mean(ours.picks[name] == task.labels)
         assert len(set(ours.picks[name].tolist())) == 4
 
+    library = pytest.importorskip("evaluate", reason="the extra eval has it")
+    of_library = library.load(str(REPO / "gpt2_hf" / "assets" / "evaluate" / "likelihood")).compute(
+        predictions=expected.tolist(),
+        references=[sample["doc"]["gold"] for sample in samples],
+        characters=n_chars.tolist(),
+        tokens=np.ones_like(n_chars).tolist(),  # for the third figure, which the harness does not have
+    )
+    for name in ("acc", "acc_norm"):
+        assert of_library[name] == pytest.approx(harness["results"]["hellaswag_offline_500"][f"{name},none"])
+
 
 def test_the_library_evaluate_gives_the_same_figures(task, items, stream, tokenizer):
     """From log-likelihoods of our scorer, its picks; from a validation stream's, its bits per byte."""
