@@ -14,10 +14,17 @@ LOWEST := $(shell sed -n 's/^ *transformers>=//p' setup.cfg).0
 # What has been released since constraints.txt was written is laid over $(VENV), PyTorch apart.
 UPPER := .venv-upper
 
+# The programs that read our folders, laid over $(VENV) without what $(VENV) has: CI's sizes. LLAMA_CPP=1 builds llama.cpp
+# too, for which it needs a C++ compiler and some ten minutes.
+CONSUMERS := .venv-consumers
+CONSUMER_PACKAGES := ctranslate2==4.8.5 onnxruntime==1.32.0 flatbuffers onnx==1.23.2 ml-dtypes onnxscript==0.7.2 onnx-ir \
+	torchao==0.18.0
+LLAMA_CPP_PYTHON := 0.3.36
+
 # Where gpu-check writes what it found.
 OUT ?= runs/gpu-check
 
-.PHONY: help setup demo test test-lower test-upper soak gpu-check lint format clean
+.PHONY: help setup demo test test-lower test-upper test-consumers soak gpu-check lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,6 +32,7 @@ help:
 	@echo "make test    run the tests; TESTS='tests/model/test_model.py ...' for some of them"
 	@echo "make test-lower  run them with transformers $(LOWEST), the oldest supported"
 	@echo "make test-upper  run them with the newest releases that setup.cfg admits, looked up now"
+	@echo "make test-consumers  load a folder of ours in what people load it with; LLAMA_CPP=1 to build llama.cpp for that"
 	@echo "make soak    half an hour of training under kills beside a run without; SOAK='--processes 2 --minutes 60' for more"
 	@echo "make gpu-check   on a GPU, with \$$PYTHON as it is: the GPU's tests, then the benchmark; results in $(OUT)"
 	@echo "make lint    check format, style and types"
@@ -68,6 +76,28 @@ test-upper: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(UPPER) -r $(UPPER)/newer.txt
 	PYTHONPATH=$(CURDIR)/$(UPPER) $(PYTEST) $(TESTS)
 
+test-consumers: $(CONSUMERS)/ready $(LOWER)/ready $(if $(LLAMA_CPP),$(CONSUMERS)/llama.cpp/ready)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(CONSUMERS)/packages $(BIN)/python -m pytest -n 0 -rs tests/test_consumers.py $(TESTS)
+
+$(CONSUMERS)/ready: $(VENV)/ready Makefile
+	rm -rf $(CONSUMERS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(CONSUMERS)/packages \
+		$(CONSUMER_PACKAGES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(CONSUMERS)/transformers-4.57 \
+		'transformers==4.57.*' 'huggingface_hub<1' 'tokenizers<0.23'
+	@touch $@
+
+# Its source holds llama.cpp with the script that makes GGUF files, which no wheel has.
+$(CONSUMERS)/llama.cpp/ready: $(CONSUMERS)/ready
+	rm -rf $(CONSUMERS)/llama.cpp && mkdir $(CONSUMERS)/llama.cpp
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
+		--no-binary llama-cpp-python --dest $(CONSUMERS) llama-cpp-python==$(LLAMA_CPP_PYTHON)
+	tar xzf $(CONSUMERS)/llama_cpp_python-$(LLAMA_CPP_PYTHON).tar.gz --strip-components 1 -C $(CONSUMERS)/llama.cpp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(CONSUMERS)/packages diskcache
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-deps --target $(CONSUMERS)/packages $(CONSUMERS)/llama.cpp
+	@touch $@
+
 soak: setup
 	$(BIN)/python scripts/prepare_data.py --config recipes/data/shakespeare.yaml
 	$(BIN)/python tests/soak.py $(SOAK)
@@ -102,4 +132,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(LOWER) $(UPPER) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWER) $(UPPER) $(CONSUMERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
