@@ -58,10 +58,23 @@ def test_the_lecture_s_recipe_has_a_curve_at_the_level_of_its_text(path, level):
     assert (curve.band("val_loss", 9000) > plain.band("val_loss", 9000)) == (level != 0)
 
 
+def test_public_runs_on_another_text_are_told_apart():
+    """Validation losses of the lecture's program on FineWeb-Edu (build-nanogpt, pull request 30): after and before its
+    gradients were summed over all processes; last that of a run which others have published as a failure."""
+    healthy = {250: 6.1631, 1000: 4.1533, 1250: 3.9518}
+    broken = {250: 6.4300, 1000: 4.8797, 1250: 4.5877, 2500: 4.1250, 19_073: 3.397}
+    curve, _ = find_curve(config())
+    gaps = {step: loss - curve.at("val_loss", step) for step, loss in healthy.items()}
+    assert all(abs(gap) < curve.band("val_loss", step) for step, gap in gaps.items())
+    assert all(loss - curve.at("val_loss", step) > 2 * curve.band("val_loss", step) for step, loss in broken.items())
+
+
 @pytest.mark.parametrize(
     "sections",
     [
         {"model": {"n_layer": 11}},
+        {"model": {"dropout": 0.1}},
+        {"model": {"init_from": "openai-community/gpt2"}},
         {"data": {"path": "data/openwebtext"}},
         {"data": {"path": "data/fineweb", "seq_len": 512}},
         {"data": {"path": "data/fineweb", "document_mask": True}},
