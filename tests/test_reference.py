@@ -59,8 +59,8 @@ def test_the_lecture_s_recipe_has_a_curve_at_the_level_of_its_text(path, level):
 
 
 def test_public_runs_on_another_text_are_told_apart():
-    """Validation losses of the lecture's program on FineWeb-Edu (build-nanogpt, pull request 30): after and before its
-    gradients were summed over all processes; last that of a run which others have published as a failure."""
+    """Validation losses of the lecture's program on FineWeb-Edu (build-nanogpt, pull request 30): after and before a
+    repair of how processes exchange accumulated gradients; last that of a run published as a failure."""
     healthy = {250: 6.1631, 1000: 4.1533, 1250: 3.9518}
     broken = {250: 6.4300, 1000: 4.8797, 1250: 4.5877, 2500: 4.1250, 19_073: 3.397}
     curve, _ = find_curve(config())

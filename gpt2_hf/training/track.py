@@ -4,8 +4,8 @@ The loop hands over each batch, as it lies on the host, and each row of figures;
 speaks to other ranks. Only when the loss is off are the usual causes weighed, by what is known by then:
 
     initial weights     their spread, once, against GPT-2's
-    data                16 tokens on end that were seen before; end-of-text tokens; how far batches differ more than
-                        windows within one do
+    data                16 tokens on end that were seen before; end-of-text tokens; how far steps differ beyond
+                        what windows drawn at random would
     recipe              batch, learning rate, warm-up, ..., against those of the reference
 """
 
@@ -35,7 +35,10 @@ NGRAM = 16  # tokens on end that hardly ever occur twice by chance in text
 PICKED, MOST_KEPT = 32, 2**16  # one place in so many is looked at, fewer when there are more to remember
 REPEATED = 0.5  # share of what is read that was read before which is too much: more than two epochs
 BUCKETS = 64  # of tokens, in the profile of a window
-ALIKE = 2.0  # times that batches differ as much as windows drawn at random would
+BLOCK = 10  # steps whose windows are taken together: an order that drifts slowly shows over several
+# Blocks of shuffled data differ as much as so many windows drawn at random; when more than ALIKE times as much, and by
+# more than FELT of the variance of single windows, they are not shuffled.
+ALIKE, FELT = 2.0, 0.005
 ENOUGH_STEPS = 50
 FEWEST_GAPS = 5  # rows whose training loss is averaged
 LEARNED = 20_000  # tokens a document has at most, on average, in any text that was cut into documents
@@ -53,10 +56,14 @@ class DataSeen:
     n_steps: int = 0
     n_tokens: int = 0
     n_eot: int = 0
-    _picked: int = 0
-    _again: int = 0
+    _picked: float = 0.0
+    _again: float = 0.0
     _seen: dict[int, int] = field(default_factory=dict)  # fingerprint -> what decides whether it is looked at
     _thin: int = 1  # one in PICKED times so many places is looked at
+    _n_windows: int = 1
+    # Of the present block, mean and variance of the share of each bucket in a window; of all blocks before, sums of
+    # their means, the squares of these, and the variances.
+    _block: np.ndarray = field(default_factory=lambda: np.zeros((2, BUCKETS)))
     _sums: np.ndarray = field(default_factory=lambda: np.zeros((3, BUCKETS)))
 
     def note(self, batch: Tensor) -> None:
@@ -75,13 +82,20 @@ class DataSeen:
         return self._again / self._picked if self._picked else 0.0
 
     @property
-    def spread_of_batches(self) -> float:
-        """The variance between batches' token counts, in units of that of as many windows drawn at random: about 1."""
+    def drift(self) -> tuple[float, float]:
+        """How far blocks of steps differ in their tokens beyond what windows drawn at random would.
+
+        Returns:
+            The variance between blocks, in units of that of random windows (shuffled: about 1); and what exceeds that,
+            as a share of the variance of single windows. (1, 0) while too little was read.
+        """
+        n_blocks = self.n_steps // BLOCK
         if self.n_steps < ENOUGH_STEPS:
-            return 1.0
-        mean, squares, expected = self._sums / self.n_steps
-        between, within = float((squares - mean**2).sum()), float(expected.sum())
-        return between / within if within > 0 else 1.0
+            return 1.0, 0.0
+        mean, squares, single = self._sums / n_blocks
+        between = float((squares - mean**2).sum()) * n_blocks / (n_blocks - 1)
+        expected, within = float(single.sum()) / self._n_windows / BLOCK, float(single.sum())
+        return (between / expected, (between - expected) / within) if within > 0 else (1.0, 0.0)
 
     def _compare(self, windows: np.ndarray) -> None:
         n = min(NGRAM, windows.shape[1])
@@ -96,6 +110,7 @@ class DataSeen:
             self._seen[mark] = int(mixed[row, column])
         while len(self._seen) > MOST_KEPT:
             self._thin *= 2
+            self._picked, self._again = self._picked / 2, self._again / 2  # as if it had been so from the start
             self._seen = {mark: mix for mark, mix in self._seen.items() if mix % (PICKED * self._thin) == 0}
 
     def _profile(self, windows: np.ndarray) -> None:
@@ -104,8 +119,12 @@ class DataSeen:
             return
         places = (windows % BUCKETS) + np.arange(n)[:, None] * BUCKETS
         profiles = np.bincount(places.ravel(), minlength=n * BUCKETS).reshape(n, BUCKETS) / length
-        mean = profiles.mean(0)
-        self._sums += np.stack([mean, mean**2, profiles.var(0, ddof=1) / n])
+        self._n_windows = n
+        self._block += np.stack([profiles.mean(0), profiles.var(0, ddof=1)]) / BLOCK
+        if self.n_steps % BLOCK == 0:
+            mean, single = self._block
+            self._sums += np.stack([mean, mean**2, single])
+            self._block[:] = 0
 
 
 class Track:
@@ -186,7 +205,7 @@ class Track:
         name = {"val_loss": "validation", "train_loss": "training"}[figure]
         step, loss = self._step, reference + gap
         against = f"{loss:.2f} against {reference:.2f} +- {band:.2f}"
-        if gap > band:
+        if not gap <= band:  # nor when it is no number
             verdict, line = "behind", f"behind the reference by {gap:.2f} ({name}, {against}): {self._why()}"
         elif gap < -band and figure == "train_loss" and self._repeated > REPEATED:
             # Memorised text looks like progress where there is no validation.
@@ -270,23 +289,25 @@ class Track:
             found.append((8, f"repeated data, {share:.0%} of what was read had been read before: {CAUSES['repeated']}"))
         if data.n_steps >= ENOUGH_STEPS and data.n_eot == 0 and data.n_tokens >= LEARNED:
             found.append((7, f"missing end-of-text, none in {data.n_tokens:,} tokens: {CAUSES['eot']}"))
-        if (spread := data.spread_of_batches) > ALIKE:
-            found.append(
-                (
-                    6,
-                    f"unshuffled data, batches differ {spread:.0f} times as much as random ones: "
-                    f"{CAUSES['unshuffled']}",
-                )
-            )
+        ratio, excess = data.drift
+        if ratio > ALIKE and excess > FELT:
+            text = f"unshuffled data, steps differ {ratio:.1f} times as much as random ones: {CAUSES['unshuffled']}"
+            found.append((6, text))
         found += self._recipe_causes()
         return found
 
     def _recipe_causes(self) -> list[tuple[float, str]]:
         assert self.curve is not None
-        found = []
+        found: list[tuple[float, str]] = []
+        optimizer = self.config.optim.name
+        other = self.curve.recipe.get("optim.name", optimizer)
+        if other != optimizer:  # whose rates mean something else
+            found.append((1, f"the optimizer (optim.name {optimizer}, there {other}): tune its learning rate"))
         for name, low, high, factor in FACTORS:
             ours, theirs = self._recipe[name], self.curve.recipe.get(name)
-            if theirs is None or (name == "optim.muon_lr" and self.config.optim.name != "muon"):
+            if theirs is None or (name == "optim.muon_lr" and optimizer != "muon"):
+                continue
+            if other != optimizer and name.endswith("lr"):
                 continue
             ratio = (ours + 1e-12) / (theirs + 1e-12)
             if max(ratio, 1 / ratio) < factor:
