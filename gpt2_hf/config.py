@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 
@@ -182,6 +182,8 @@ class EvalSection(Knobs):
         sample_prompt: what the samples continue.
         sample_count: number of samples.
         sample_tokens: new tokens per sample.
+        reference: auto compares the run with the known loss curve of its recipe, where there is one, and says whether
+            it is on track; or an earlier run (its folder, or its metrics.jsonl) to compare with; or none.
     """
 
     _prefix: ClassVar[str] = "eval."
@@ -194,6 +196,7 @@ class EvalSection(Knobs):
     sample_prompt: str = "Hello, I'm a language model,"
     sample_count: Annotated[int, Range(1, 1000)] = 4
     sample_tokens: Count = 32
+    reference: Annotated[str, PathName()] = "auto"
 
 
 @dataclass(frozen=True)
@@ -341,3 +344,9 @@ class RunConfig(Knobs):
         sections = json.loads(json.dumps(dataclasses.asdict(self)))
         named = {name: {knob_name(key): value for key, value in keys.items()} for name, keys in sections.items()}
         return yaml.safe_dump(named, sort_keys=False)
+
+
+def flat(text: str) -> dict[str, Any]:
+    """A recipe's text as dotted names and values."""
+    sections = yaml.safe_load(text)
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}

@@ -195,6 +195,7 @@ def test_every_knob_is_used_by_a_recipe_or_has_a_stated_reason():
         "sample_prompt": "taste",
         "sample_count": "taste",
         "sample_tokens": "taste",
+        "reference": "which earlier run is a good one only its user knows",
         "keep_best": "the space of one checkpoint",
         "mirror": "object storage",
         "mirror_wait_s": "object storage",

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from .. import hardware
-from ..config import RunConfig
+from ..config import RunConfig, flat
 from ..data.documents import DocumentMask
 from ..data.shards import ShardSet
 from ..data.tokenizer import load_tokenizer
@@ -31,6 +31,7 @@ from ..knobs import ConfigError
 from ..model import GPTForCausalLM
 from ..model.loss import LossKernels
 from ..model.versions import check_first_step
+from ..reference import find_curve
 from . import checkpoint
 from .distributed import Host, distribute, hide_shards_from_accelerate, sharding_mesh
 from .heart import collective_timeout
@@ -39,9 +40,10 @@ from .kernels import KernelCheck
 from .measures import Measures, build_document_mask
 from .metrics import RunLog, Throughput, flops_per_token
 from .optim import build_optimizers
-from .run_folder import RunFolder, flat
+from .run_folder import RunFolder
 from .start import Data, Start, identity
 from .stop import Stop
+from .track import Track, odd_weights
 from .trackers import Trackers
 from .watch import Watch
 
@@ -74,6 +76,7 @@ class Parts:
     throughput: Throughput
     log: RunLog
     watch: Watch
+    track: Track
     saver: checkpoint.Saver
     stop: Stop
     identity: dict[str, Any]
@@ -85,12 +88,15 @@ def build(
     """Make the parts in the order in which they need each other, with the state of ``start`` in them."""
     transformers.utils.logging.disable_progress_bar()  # bars for saving and loading would break ours
     precision = set_precision(config, state.device)
+    curve, why_not = host.first(lambda: find_curve(config))
     mesh = sharding_mesh(state)
     if mesh is not None and precision == "fp16":
         raise ConfigError("train.precision fp16 needs the whole model on each GPU: leave FSDP out, or use bf16 or fp32")
     accelerator = build_accelerator(config, precision)
     initial = None if start.checkpoint else host.first(lambda: find_initial_weights(config))
     bare_model = build_model(config, start.checkpoint, accelerator, precision, initial)
+    is_random = start.checkpoint is None and initial is None
+    init = odd_weights(bare_model) if curve and is_random else ""
     tokenizer = load_tokenizer()
     model = distribute(bare_model, accelerator, mesh, DTYPES[precision])
     optimizers = build_optimizers(bare_model, config.optim, state.device)
@@ -108,6 +114,10 @@ def build(
     documents = build_document_mask(config, data.train, bare_model, DTYPES[precision])
     throughput = build_throughput(config, accelerator, bare_model, precision)
     log = open_log(config, accelerator, folder, start, data.train, precision, initial)
+    if why_not:
+        log.say(f"no reference curve to compare with ({why_not}): name an earlier run with --eval.reference RUN")
+    curve = curve if accelerator.is_main_process else None  # one rank's share of the data is enough
+    track = Track(config, curve, log.say, data.train.eot, data.train.n_tokens, init)
     # A host of its own, as its thread talks while training may.
     savers = Host(state, collective_timeout(config.train.timeout_s))
     saver = checkpoint.Saver(savers, bare_model, optimizers, tokenizer, warn=log.say, waiting=stop.heart.moved)
@@ -128,6 +138,7 @@ def build(
         throughput=throughput,
         log=log,
         watch=watch,
+        track=track,
         saver=saver,
         stop=stop,
         identity=identity(config, data.train),

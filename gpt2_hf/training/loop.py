@@ -148,6 +148,7 @@ def loop(config: RunConfig, parts: Parts) -> None:
                 parts.accelerator, parts.model, parts.optimizers, batch, step - 1, config, parts.documents, safe_point
             )
             watch.note(loss, grad_norm)
+            parts.track.note(batch)
             folder.step = step
             log.bar.update()
 
@@ -167,6 +168,7 @@ def loop(config: RunConfig, parts: Parts) -> None:
                 saving = saving and is_good
             with parts.stop.owing(row):
                 row = row | parts.measures.take(step)
+            row |= parts.track.judge(step, row)
             if folder.is_gone():
                 parts.stop.ask(GONE)
             log.write(step, row)

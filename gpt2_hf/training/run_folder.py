@@ -21,7 +21,7 @@ from typing import IO, Any, BinaryIO, Self
 import yaml
 
 from .. import runs
-from ..config import RunConfig
+from ..config import RunConfig, flat
 from ..files import lock_folder, mask, whole_file
 from ..knobs import ConfigError
 from ..program import UserError
@@ -303,12 +303,6 @@ class RowFile:
             with suppress(OSError):
                 self._file.truncate(end)  # half a row
             raise
-
-
-def flat(text: str) -> dict[str, Any]:
-    """A recipe's text as dotted names and values."""
-    sections = yaml.safe_load(text)
-    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
 
 
 def changes(recorded: Path, config: str) -> list[str]:

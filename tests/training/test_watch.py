@@ -204,6 +204,7 @@ OUTSIDE = {
     "train.max_bad_steps",
     "train.on_divergence",
     "train.max_rewinds",
+    "eval.reference",  # test_track.py
     "checkpoint.keep_best",  # test_resume.py
     "checkpoint.mirror",
     "checkpoint.mirror_wait_s",
