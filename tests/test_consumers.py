@@ -169,7 +169,7 @@ def test_transformers_newest(ours):
 
 @pytest.mark.parametrize("version", OLDER)
 def test_older_transformers(version, ours):
-    """from_pretrained, tokenizer and pipeline, in a process of its own that has not our package."""
+    """from_pretrained, tokenizer and pipeline, in a process that imports nothing of ours."""
     if not (OLDER[version] / "transformers").is_dir():
         pytest.skip(f"transformers {version} is {MISSING}")
     environment = {**os.environ, "PYTHONPATH": str(OLDER[version])}
