@@ -14,8 +14,8 @@ LOWEST := $(shell sed -n 's/^ *transformers>=//p' setup.cfg).0
 # What has been released since constraints.txt was written is laid over $(VENV), PyTorch apart.
 UPPER := .venv-upper
 
-# The programs that read our folders, laid over $(VENV) without what $(VENV) has: CI's sizes. LLAMA_CPP=1 builds llama.cpp
-# too, for which it needs a C++ compiler and some ten minutes.
+# The programs that read our folders, laid over $(VENV) without what $(VENV) has: half a gigabyte. LLAMA_CPP=1 builds
+# llama.cpp too, with a C++ compiler and many minutes.
 CONSUMERS := .venv-consumers
 CONSUMER_PACKAGES := ctranslate2==4.8.5 onnxruntime==1.32.0 flatbuffers onnx==1.23.2 ml-dtypes onnxscript==0.7.2 onnx-ir \
 	torchao==0.18.0
@@ -79,7 +79,7 @@ test-upper: setup
 test-consumers: $(CONSUMERS)/ready $(LOWER)/ready $(if $(LLAMA_CPP),$(CONSUMERS)/llama.cpp/ready)
 	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(CONSUMERS)/packages $(BIN)/python -m pytest -n 0 -rs tests/test_consumers.py $(TESTS)
 
-$(CONSUMERS)/ready: $(VENV)/ready Makefile
+$(CONSUMERS)/ready: $(VENV)/ready
 	rm -rf $(CONSUMERS)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(CONSUMERS)/packages \
 		$(CONSUMER_PACKAGES)
