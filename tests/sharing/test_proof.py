@@ -1,4 +1,4 @@
-"""A card's figures, computed again: what was planted wrong is found, in the text, in figures.json and in the weights."""
+"""A card's figures, computed again: a wrong one is found, in the text, in figures.json and in the weights."""
 
 import json
 import shutil
