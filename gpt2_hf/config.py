@@ -313,7 +313,8 @@ class RunConfig(Knobs):
         every, saved = self.publish.every_steps, self.checkpoint.save_every
         if every and (self.publish.repo is None or not saved or every % saved):
             raise ConfigError(
-                f"publish.every_steps {every} needs publish.repo, and a checkpoint.save_every (now {saved}) that divides it"
+                f"publish.every_steps {every} needs publish.repo, and a checkpoint.save_every that divides it "
+                f"(it is {saved})"
             )
         n_positions = self.model.gpt_config().n_positions
         if self.data.seq_len > n_positions:
