@@ -224,6 +224,27 @@ class CheckpointSection(Knobs):
 
 
 @dataclass(frozen=True)
+class PublishSection(Knobs):
+    """What scripts/pretrain.py publishes on the Hub while it trains, by a process of its own.
+
+    Args:
+        repo: name on the Hub, me/my-gpt2, to which the final model goes; none publishes nothing.
+        every_steps: steps between checkpoints that go there too, a multiple of checkpoint.save_every (0: none).
+        public: let everybody see a new repository.
+        license: the Hub's name of a licence, for the model card.
+        wait_s: at most so many seconds the run waits at its end for what is not published yet.
+    """
+
+    _prefix: ClassVar[str] = "publish."
+
+    repo: Annotated[str, Filled()] | None = None
+    every_steps: Interval = 0
+    public: bool = False
+    license: Annotated[str, Filled()] | None = None
+    wait_s: Annotated[float, Range(0)] = 300.0
+
+
+@dataclass(frozen=True)
 class ResumeSection(Knobs):
     """Where a start begins.
 
@@ -286,6 +307,7 @@ class RunConfig(Knobs):
     train: TrainSection = field(default_factory=TrainSection)
     eval: EvalSection = field(default_factory=EvalSection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    publish: PublishSection = field(default_factory=PublishSection)
     resume: ResumeSection = field(default_factory=ResumeSection)
 
     def __post_init__(self) -> None:
@@ -294,6 +316,12 @@ class RunConfig(Knobs):
             raise ConfigError(
                 f"data.document_mask does not work with model.attn_implementation {self.model.attn_implementation}; "
                 f"leave that at auto, or use one of {', '.join(MASKS_DOCUMENTS)}"
+            )
+        every, saved = self.publish.every_steps, self.checkpoint.save_every
+        if every and (self.publish.repo is None or not saved or every % saved):
+            raise ConfigError(
+                f"publish.every_steps {every} needs publish.repo, and a checkpoint.save_every that divides it "
+                f"(it is {saved})"
             )
         n_positions = self.model.gpt_config().n_positions
         if self.data.seq_len > n_positions:

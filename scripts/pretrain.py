@@ -12,13 +12,18 @@ def main() -> None:
     from gpt2_hf.config import RunConfig
 
     config = parse_cli(RunConfig)
+    from pathlib import Path
+
+    from gpt2_hf.sharing.follow import following
     from gpt2_hf.training.loop import train
 
-    run = train(config).parent
-    if os.environ.get("RANK", "0") == "0":
-        from gpt2_hf.reporting.curves import show_run
+    is_first = os.environ.get("RANK", "0") == "0"
+    with following(Path(config.train.run_dir), config.publish, is_first):
+        run = train(config).parent
+        if is_first:
+            from gpt2_hf.reporting.curves import show_run
 
-        show_run(run)
+            show_run(run)
 
 
 if __name__ == "__main__":

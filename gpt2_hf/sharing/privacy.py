@@ -45,16 +45,32 @@ def refuse_private(path: Path, staged: Path) -> None:
     That is: keys that lead a loader elsewhere, paths of this machine, and what is, or looks like, a password or token.
     """
     own = _own_secrets()
-    places = "|".join(re.escape(str(place)) for place in (Path.home(), path.resolve()) if place != place.parent)
-    names_place = re.compile(rf"(?<![\w./-])({places})(?![\w.-])")
     for file in sorted(staged.iterdir()):
         text, entries = _content(file)
-        if _SECRET.search(text) or any(secret in text for secret in own):
-            raise PublishError(f"{file.name} holds what looks like a password, token or private key: take it out")
+        _refuse_secrets(file.name, text, own)
         for key, value in entries:
             _refuse_entry(file.name, key, value)
-        if file.name not in VOCABULARY and (place := names_place.search(text)):
-            raise PublishError(f"{file.name} names {place[0]}, a folder of this machine: take it out")
+        if file.name not in VOCABULARY:
+            _refuse_places(file.name, text, path)
+
+
+def refuse_private_text(name: str, text: str, path: Path) -> None:
+    """The same of a text that was made from the records of the model at ``path``."""
+    _refuse_secrets(name, text, _own_secrets())
+    _refuse_places(name, text, path)
+    if home := re.search(r"(?<![\w.])/(home|Users|root)/\w+", text):
+        raise PublishError(f"{name} would name {home[0]}, a folder of this machine: take it out of the run's records")
+
+
+def _refuse_secrets(name: str, text: str, own: set[str]) -> None:
+    if _SECRET.search(text) or any(secret in text for secret in own):
+        raise PublishError(f"{name} holds what looks like a password, token or private key: take it out")
+
+
+def _refuse_places(name: str, text: str, path: Path) -> None:
+    places = "|".join(re.escape(str(place)) for place in (Path.home(), path.resolve()) if place != place.parent)
+    if place := re.search(rf"(?<![\w./-])({places})(?![\w.-])", text):
+        raise PublishError(f"{name} names {place[0]}, a folder of this machine: take it out")
 
 
 def _own_secrets() -> set[str]:

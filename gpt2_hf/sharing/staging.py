@@ -20,6 +20,7 @@ from .verify import INDEX, WEIGHTS, CheckFailed, weight_files
 
 CARD = "README.md"
 ADAPTER = "adapter_config.json"
+_PNG, _LARGEST_PICTURE = b"\x89PNG\r\n\x1a\n", 5_000_000
 _OTHER_KINDS = {
     stat.S_IFLNK: "a symbolic link",
     stat.S_IFDIR: "a folder",
@@ -79,6 +80,23 @@ def copy_plain(source: Path, target: Path) -> None:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise PublishError(f"{source} changed while it was opened; {advice}")
         shutil.copyfileobj(file, copy, 1 << 20)
+
+
+def copy_picture(source: Path, target: Path) -> bool:
+    """Copy a PNG's picture, without the texts that it may carry; returns whether there is one."""
+    if not stat.S_ISREG(source.lstat().st_mode if os.path.lexists(source) else 0):
+        return False
+    content = source.read_bytes()
+    kept, place = content[:8], 8
+    if kept != _PNG or len(content) > _LARGEST_PICTURE:
+        return False
+    while place + 12 <= len(content):  # a chunk: length, name, content, checksum
+        length, name = int.from_bytes(content[place : place + 4], "big"), content[place + 4 : place + 8]
+        if name in (b"IHDR", b"PLTE", b"tRNS", b"pHYs", b"IDAT", b"IEND"):
+            kept += content[place : place + 12 + length]
+        place += 12 + length
+    target.write_bytes(kept)
+    return True
 
 
 def shown(name: str) -> str:

@@ -31,7 +31,7 @@ from .distributed import Host
 # written (a preset, or each number).
 NOT_CHANGES = ("resume.", "model.preset", "model.n_", "model.vocab_size")
 
-RECORDS = (*runs.RECORDS, "mirror.log", ".lock")
+RECORDS = (*runs.RECORDS, "mirror.log", "publish.log", "published.jsonl", ".lock")
 RETRY_S = 10.0  # between two tries to write records on a full disk
 
 

@@ -15,12 +15,12 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
 from small_gpt2 import BYTES, CODE, edit_config, edit_weights, save, small_model
 
 from gpt2_hf.files import sha256
 from gpt2_hf.model import GPTForCausalLM, GPTModel
 from gpt2_hf.model.hub import AUTO_MAP, code_files
+from gpt2_hf.program import UserError
 from gpt2_hf.runs import write_folder
 from gpt2_hf.sharing.privacy import PublishError
 from gpt2_hf.sharing.publish import publish
@@ -143,34 +143,40 @@ def run(tmp_path) -> Path:
 
 
 @pytest.fixture
-def hub(monkeypatch) -> dict:
+def hub(tmp_path, monkeypatch) -> dict:
     """A Hub that takes everything and remembers it, of the last upload and of each repository; checks just pass."""
     seen: dict = {}
     repos: dict[str, SimpleNamespace] = {}
 
-    def model_info(self, repo_id):
+    def model_info(self, repo_id, timeout=None):
         if repo_id not in repos:
             answer(404, RepositoryNotFoundError)()
         siblings = [SimpleNamespace(rfilename=name) for name in repos[repo_id].files]
-        return SimpleNamespace(siblings=siblings, private=repos[repo_id].private)
+        return SimpleNamespace(siblings=siblings, private=repos[repo_id].private, sha="0" * 40)
 
-    def create_repo(self, repo_id, *, private=None, exist_ok=False):
+    def create_repo(self, repo_id, *, private, exist_ok):
         assert exist_ok or repo_id not in repos
-        repos.setdefault(repo_id, SimpleNamespace(files={}, private=bool(private)))  # one that is there stays as it is
+        repos.setdefault(repo_id, SimpleNamespace(files={}, private=private))  # one that is there stays as it is
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
 
-    def upload_folder(self, *, repo_id, folder_path, delete_patterns, commit_message):
-        root, repo = Path(folder_path), repos[repo_id]
-        files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
-        deleted = set(filter_repo_objects(repo.files, allow_patterns=delete_patterns))
-        assert not deleted & files.keys()
+    def create_commit(self, repo_id, operations, *, commit_message, parent_commit):
+        repo = repos[repo_id]
+        added = [op for op in operations if isinstance(op, huggingface_hub.CommitOperationAdd)]
+        deleted = {op.path_in_repo for op in operations} - {op.path_in_repo for op in added}
+        files = {op.path_in_repo: Path(op.path_or_fileobj).read_bytes() for op in added}
         repo.files = {name: content for name, content in repo.files.items() if name not in deleted} | files
         seen.update(files=files, repo_id=repo_id, repo=repo)
+
+    def hf_hub_download(self, repo_id, filename, **_):
+        path = tmp_path / "downloaded"
+        path.write_bytes(repos[repo_id].files[filename])
+        return str(path)
 
     monkeypatch.setattr(HfApi, "whoami", lambda self: {"name": "me"})
     monkeypatch.setattr(HfApi, "model_info", model_info)
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(HfApi, "hf_hub_download", hf_hub_download)
     monkeypatch.setattr(huggingface_hub, "is_offline_mode", lambda: False)
     checks_give(monkeypatch, PASSES)
     return seen
@@ -190,6 +196,7 @@ def answer(status: int, kind=HfHubHTTPError):
 
 STOCK = {
     "README.md",
+    "figures.json",
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -197,11 +204,13 @@ STOCK = {
     "tokenizer_config.json",
 }
 
+CARD = {"README.md", "figures.json"}
+
 
 def test_only_stock_files_go_up(run, hub, capsys):
-    assert publish(run, "my-gpt2", private=True, license="mit")
+    assert publish(run, "my-gpt2", license="mit")
     assert hub["files"].keys() == STOCK and hub["repo_id"] == "me/my-gpt2" and hub["repo"].private is True
-    for name in STOCK - {"README.md"}:
+    for name in STOCK - CARD:
         assert hub["files"][name] == (run / "final" / name).read_bytes()
     assert not (run / "final" / "README.md").exists()
     output = capsys.readouterr().out
@@ -239,7 +248,7 @@ def test_the_card_says_what_is_known(run, hub):
 
     shutil.copytree(run / "final", run / "elsewhere")  # nothing says that it is this run's model
     publish(run / "elsewhere", "me/other")
-    assert "measure" not in hub["files"]["README.md"].decode()
+    assert "| measure |" not in hub["files"]["README.md"].decode()
 
 
 def test_figures_are_those_of_the_weights(run, hub, monkeypatch, capsys):
@@ -268,7 +277,7 @@ def test_figures_are_those_of_the_weights(run, hub, monkeypatch, capsys):
 
     shutil.rmtree(run / "checkpoints" / "step-00000020")  # now nobody knows which step it was
     publish(run / "final", "me/unknown")
-    assert "measure" not in hub["files"]["README.md"].decode()
+    assert "| measure |" not in hub["files"]["README.md"].decode()
 
 
 def test_a_card_on_the_hub_stays(run, hub, capsys):
@@ -314,17 +323,41 @@ def test_what_is_left_out_of_the_check_is_named(run, capsys, hub):
     assert "left out when published: 'a\\x1b[2J', custom_generate/, events.log" in capsys.readouterr().out
 
 
-def test_private_is_not_pretended(run, hub):
-    publish(run, "me/public")
-    before = dict(hub["repo"].files)
-    with pytest.raises(PublishError, match="me/public is there and public"):
-        publish(run, "public", private=True)
-    assert hub["repo"].files == before
-    for _ in range(2):
-        publish(run, "me/hidden", private=True)
-        assert hub["repo"].private
+def test_private_unless_it_is_to_be_public(run, hub, capsys):
+    publish(run, "me/hidden")
     publish(run, "me/hidden")
     assert hub["repo"].private
+    publish(run, "me/hidden", public=True)
+    assert hub["repo"].private and "me/hidden is private and stays so" in capsys.readouterr().out
+    publish(run, "me/seen", public=True)
+    before = dict(hub["repo"].files)
+    assert not hub["repo"].private
+    with pytest.raises(PublishError, match="me/seen is there and public: say --public"):
+        publish(run, "me/seen")
+    assert hub["repo"].files == before
+
+
+def test_a_checkpoint_by_its_step(run, hub, capsys):
+    for step in (10, 20):
+        write_folder(run / "checkpoints" / f"step-{step:08d}", lambda path: save(path, layer_norm_epsilon=1e-3))
+    publish(run, "me/early", checkpoint=10)
+    assert "| 9.0000 |" in hub["files"]["README.md"].decode()
+    with pytest.raises(UserError, match="has no checkpoint of step 15: it has 10, 20"):
+        publish(run, "me/early", checkpoint=15)
+    (run / "checkpoints" / "step-00000010" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is not published, as it is damaged: config"):
+        publish(run, "me/early", checkpoint=10)
+
+
+def test_the_generated_part_of_a_card_is_renewed_and_the_rest_stays(run, hub):
+    publish(run, "me/my-gpt2", license="mit")
+    card = hub["files"]["README.md"].decode()
+    hub["repo"].files["README.md"] = card.replace("7.2500", "1.0000").encode() + b"\nMy words.\n"
+    publish(run, "me/my-gpt2")
+    assert hub["files"]["README.md"].decode() == card + "\nMy words.\n"
+    hub["repo"].files["README.md"] = b"# mine\n"  # and figures that nobody renews must not stay
+    publish(run, "me/my-gpt2")
+    assert "figures.json" not in hub["repo"].files and "README.md" not in hub["files"]
 
 
 def test_the_check_sees_what_goes_up(run, hub, monkeypatch):
@@ -345,8 +378,8 @@ def test_the_check_sees_what_goes_up(run, hub, monkeypatch):
         (run / "final" / "model.safetensors").write_bytes(weights)
         publish(run / "final", f"me/code-{with_code}", with_code=with_code)
         extra = {"chat_template.jinja"} | (CODE if with_code else set())
-        assert seen[-1].keys() == STOCK - {"README.md"} | extra
-        assert seen[-1] | {"README.md": hub["files"]["README.md"]} == hub["files"]
+        assert seen[-1].keys() == STOCK - CARD | extra
+        assert seen[-1] | {name: hub["files"][name] for name in CARD} == hub["files"]
     assert hub["files"]["chat_template.jinja"] == b"{{ messages }}"
 
 

@@ -208,6 +208,11 @@ OUTSIDE = {
     "checkpoint.keep_best",  # test_resume.py
     "checkpoint.mirror",
     "checkpoint.mirror_wait_s",
+    "publish.repo",
+    "publish.every_steps",
+    "publish.public",
+    "publish.license",
+    "publish.wait_s",
     "resume.mode",
     "resume.from",
     "resume.force",
