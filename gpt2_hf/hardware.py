@@ -236,6 +236,19 @@ def compile_obstacle(device: torch.device) -> str | None:
     return None
 
 
+def keep_kernels_apart() -> None:
+    """Have compiled kernels kept by the vector width of the CPU that they are made for, too.
+
+    PyTorch keeps generated code by what it computes alone, and compiles it for the CPU at hand. In a cache that CPUs
+    with and without AVX-512 have used, or one CPU with and without ATEN_CPU_CAPABILITY, code made for narrower vectors
+    would write past the ends of its buffers. Settings are part of what tells entries apart: so the width is made one.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    if config.cpp.simdlen is None:
+        config.cpp.simdlen = cpu_vec_isa.pick_vec_isa().bit_width()
+
+
 def share_the_seeded_generator() -> None:
     """Let compiled blocks that are checkpointed draw their dropout from the device's generator, on CUDA.
 

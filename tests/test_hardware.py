@@ -1,6 +1,9 @@
 """What is chosen for a machine, with the machine made up."""
 
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -234,3 +237,32 @@ def test_checkpointed_dropout_has_no_generators_of_its_own(monkeypatch, dropout,
         build_model(config, None, build_accelerator(config, "fp32"), "fp32")
         assert functorch.graphsafe_rng_functionalization != (dropout > 0 and checkpointing)
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+KERNEL = """
+import torch
+from gpt2_hf import hardware
+from gpt2_hf.model.loss import LossKernels, exponentiate
+
+hardware.keep_kernels_apart()
+LossKernels.compile(dynamic=False)
+logits = torch.randn(8, 1088, generator=torch.Generator().manual_seed(1))[:, :1057]
+labels = torch.arange(8)
+expected = exponentiate(logits.clone(), labels)
+for _ in range(20):
+    found = LossKernels.exponentiate(torch.empty(8, 1088)[:, :1057].copy_(logits), labels)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_a_cache_of_kernels_that_another_cpu_has_used_does_no_harm(tmp_path):
+    """Code that was made for AVX2 is not compiled for AVX-512."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    for capability in ("avx2", None):
+        given = {"ATEN_CPU_CAPABILITY": capability} if capability else {}
+        done = subprocess.run([sys.executable, "-c", KERNEL], env=environment | given, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    sources = "".join(path.read_text() for path in tmp_path.glob("*/*.py"))
+    widths = set(re.findall(r"x1\+=static_cast<int64_t>\((\d+)L\)", sources))
+    assert len(widths) == len({torch.backends.cpu.get_cpu_capability().lower(), "avx2"})

@@ -249,6 +249,8 @@ def build_model(
         # Block by block: all blocks share one compiled graph, and evaluation and saving see the plain module.
         # DDP's optimizer for compiled modules would cut each of these graphs at its buckets; a block is no larger.
         torch._dynamo.config.optimize_ddp = False
+        if device.type == "cpu":
+            hardware.keep_kernels_apart()
         if config.train.gradient_checkpointing and config.model.dropout:
             hardware.share_the_seeded_generator()
         for block in model.transformer.h:
