@@ -246,7 +246,7 @@ def known_flags(script: str) -> frozenset[str]:
     finally:
         sys.argv = argv
     assert stop.value.code in (0, None)
-    return frozenset(re.findall(r"(?<![\w-])--?[a-z][\w.]*", printed.getvalue()))
+    return frozenset(re.findall(r"(?<![\w-])--?[a-z][\w.-]*", printed.getvalue()))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
