@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -48,6 +49,8 @@ class Harness:
             from lm_eval.tasks import TaskManager
         except ImportError:
             raise ImportError("--tasks needs lm-evaluation-harness: pip install 'lm-eval[hf]'") from None
+        if limit is not None and limit < (n_ranks := int(os.environ.get("WORLD_SIZE", "1"))):
+            raise ValueError(f"limit is {limit}, less than an item for each of {n_ranks} processes: raise it")
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self._limit = limit
         self._manager = TaskManager(include_path=[str(TASKS), *([str(include_path)] if include_path else [])])
@@ -93,6 +96,7 @@ class Harness:
                 tasks=list(self._tasks),
                 task_manager=self._manager,
                 limit=self._limit,
+                bootstrap_iters=1000,  # for the error of what is no mean; by default lambada's takes a minute
                 evaluation_tracker=tracker,
                 verbosity="ERROR",
             )
@@ -122,7 +126,8 @@ def _live(
 
     if ranks.world_size > 1:
         Shared.accelerator = Accelerator()
-    options: dict[str, Any] = {"mixed_precision_dtype": dtype} if dtype else {}
+    # Its softmax and sums would otherwise be of that precision too: in bf16 log-likelihoods of whole nats, and ties.
+    options: dict[str, Any] = {"mixed_precision_dtype": dtype, "softmax_dtype": "float32"} if dtype else {}
     return Shared(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **options)
 
 

@@ -6,6 +6,7 @@ it can be made again and compared; what somebody writes before or after the mark
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,6 +54,7 @@ def model_card(record: dict[str, Any], license: str | None, language: str | None
         pipeline_tag="text-generation",
         tags=["gpt2"],
         datasets=[dataset] if dataset else None,
+        base_model=_hub_id((record["run"] or {}).get("begun_from")),
     )
     return f"---\n{header.to_yaml()}\n---\n\n{marked(record)}\n"
 
@@ -126,12 +128,20 @@ def _paragraphs(record: dict[str, Any]) -> Iterator[str]:
     yield from _proof(record)
 
 
+def _hub_id(begun_from: dict[str, Any] | None) -> str | None:
+    """Of the model that training began from; None for a folder, whose version is a hash of weights and no commit."""
+    is_commit = begun_from is not None and re.fullmatch(r"[0-9a-f]{40}", str(begun_from.get("version")))
+    return begun_from["name"] if begun_from and is_commit else None
+
+
 def _description(record: dict[str, Any]) -> str:
     shape, run = record["shape"], record["run"]
     text = (
         f"A GPT-2 of {record['parameters']:,} parameters: {shape['n_layer']} layers, {shape['n_embd']} wide, "
         f"{shape['n_head']} heads, {shape['n_positions']} positions, {shape['vocab_size']:,} tokens."
     )
+    if run and run.get("begun_from"):
+        text += f" It began with the weights of {run['begun_from']['name']}."
     if run and run["tokens"] is not None:
         text += f" Pretrained with gpt2_hf on {run['tokens']:,} tokens."
     if run and run["steps"] and run["step"] < run["steps"]:
@@ -179,7 +189,7 @@ def _harness_rows(harness: dict[str, dict[str, Any]], source: int) -> list[str]:
     rows = []
     for task, scores in harness.items():
         for metric, value in scores.items():
-            if isinstance(value, float) and not metric.endswith("_stderr"):
+            if isinstance(value, float) and metric != "version" and not metric.endswith("_stderr"):
                 error = scores.get(f"{metric}_stderr")
                 shown = f"{error:.4f}" if isinstance(error, float) else ""
                 rows.append(f"| {task} {metric} (lm-evaluation-harness) | {value:.4f} | {shown} | {source} |")

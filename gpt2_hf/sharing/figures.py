@@ -5,8 +5,9 @@ out. Nothing of the machine comes along: no path, no name of a user or host, no 
 
     {"format": 1, "weights": runs.weights_hash, "parameters": n, "shape": {...},
      "run": null or {"model": "final", "step": n, "steps": n, "tokens": n, "recipe": the text of a recipe,
+                     "begun_from": null or {"name": of a folder or model of the Hub, "version": which weights},
                      "last": {"figures": {...}, "settings": {...}},         metrics.jsonl's last of these weights
-                     "evaluations": [rows of evaluations.jsonl, of these weights],
+                     "evaluations": [rows of evaluations.jsonl, of these weights; the best of each measurement],
                      "machine": {...}, "time": {...}, "cost": null or {...}, "data": null or {...}}}
 """
 
@@ -24,7 +25,7 @@ import yaml
 from .. import runs
 from ..data.shards import ShardError, open_split
 from ..files import mask
-from ..runs import read_rows, same_weights, saved_steps, weights_hash
+from ..runs import read_rows, weights_hash
 from .privacy import PublishError
 from .verify import Folder
 
@@ -62,7 +63,7 @@ def gather(path: Path, staged: Path, price: float | None = None, data: Path | No
         "parameters": count_parameters(folder),
         "shape": {"n_layer": c.n_layer, "n_embd": c.n_embd, "n_head": c.n_head, "n_positions": c.n_positions}
         | {"vocab_size": c.vocab_size},
-        "run": _of_run(run_of(path), path, weights_hash(staged), price, data),
+        "run": _of_run(path, weights_hash(staged), price, data),
     }
 
 
@@ -71,25 +72,11 @@ def count_parameters(folder: Folder) -> int:
     return sum(math.prod(folder.shapes[name]) for name in folder.names.values())
 
 
-def run_of(path: Path) -> Path:
-    """The run that a model's folder would be of."""
-    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
-
-
-def last_step(path: Path) -> float | None:
-    """The last step whose figures in metrics.jsonl are those of a run's folder; None where nobody knows."""
-    if path.parent.name == "checkpoints":
-        return next((step for step, folder in saved_steps(path.parent).items() if folder == path), None)
-    if path.name != "final":  # perhaps another model's
+def _of_run(path: Path, weights: str, price: float | None, data: Path | None) -> dict[str, Any] | None:
+    run, step = runs.run_of(path), runs.step_of(path)
+    if run is None or step is None:
         return None
-    kept = saved_steps(path.parent / "checkpoints")
-    same = [step for step, folder in kept.items() if same_weights(folder, path)]
-    return max(same, default=None if kept else math.inf)
-
-
-def _of_run(run: Path, path: Path, weights: str, price: float | None, data: Path | None) -> dict[str, Any] | None:
-    step = last_step(path)
-    rows = [row for row in _rows(run / "metrics.jsonl") if step is not None and row.get("step", math.inf) <= step]
+    rows = [row for row in _rows(run / "metrics.jsonl") if row.get("step", math.inf) <= step]
     if not rows:
         return None
     config = _yaml(run / "config.yaml")
@@ -105,7 +92,8 @@ def _of_run(run: Path, path: Path, weights: str, price: float | None, data: Path
         "batch_tokens": config.get("train", {}).get("global_batch_tokens"),
         "recipe": _recipe(config),
         "last": _last(latest, config, starts),
-        "evaluations": [_evaluation(row) for row in evaluations],
+        "begun_from": _begun_from(starts),
+        "evaluations": [_evaluation(row) for row in _best(evaluations)],
         "machine": {key: starts[-1][key] for key in _ENVIRONMENT if starts and starts[-1].get(key) is not None},
         "time": time,
         "cost": {"price": price, "dollars": round(price * time["device_hours"], 4)} if price and time else None,
@@ -151,6 +139,35 @@ def _last(latest: dict[str, Any], config: dict[str, Any], starts: list[dict[str,
         "data_fingerprint": starts[-1].get("data_fingerprint") if starts else None,
     }
     return {"figures": figures, "settings": {key: value for key, value in settings.items() if value is not None}}
+
+
+def _begun_from(starts: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The weights that the run began with, and which of them; None for random ones."""
+    initial = starts[0].get("init_from") if starts else None
+    if not isinstance(initial, dict):
+        return None
+    return {"name": public_path(str(initial.get("source", ""))), "version": initial.get("version")}
+
+
+def _best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each measurement the one on most windows or items, and of several such the newest."""
+    best: dict[str, tuple[int, int]] = {}
+    for number, row in enumerate(rows):
+        sizes = {f"task {task}": scores.get("n") for task, scores in (row.get("harness") or {}).items()}
+        if "val_loss" in (row.get("figures") or {}):
+            sizes["val"] = (row.get("data") or {}).get("windows")
+        sizes["hellaswag"] = (row.get("figures") or {}).get("hellaswag_items")
+        for name, size in sizes.items():
+            if isinstance(size, int) and size >= best.get(name, (0, 0))[0]:
+                best[name] = (size, number)
+    found = []
+    for number, row in enumerate(rows):
+        names = {name for name, (_, at) in best.items() if at == number}
+        figures = {key: value for key, value in (row.get("figures") or {}).items() if key.partition("_")[0] in names}
+        tasks = {task: scores for task, scores in (row.get("harness") or {}).items() if f"task {task}" in names}
+        if figures or tasks:
+            found.append(row | {"figures": figures, "harness": tasks or None})
+    return found
 
 
 def _evaluation(row: dict[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from typing import Any
 from ..files import sha256
 from ..model.hub import AUTO_MAP, code_files
 from ..program import UserError
-from ..runs import find_model, is_stock, problem, saved_steps
+from ..runs import find_model, is_stock, problem, run_of, saved_steps
 from .card import BENCHMARKS, eval_results, generated_part, model_card, renewed
-from .figures import FIGURES, gather, run_of
+from .figures import FIGURES, gather
 from .fresh_process import check_folders
 from .hub import Repository, hub_errors, look_up, push, read_text
 from .privacy import PublishError, refuse_private_text
@@ -187,7 +187,8 @@ def _write_card(path: Path, staged: Path, repo: str, card: str | None, facts: Ca
         return
     try:
         record: dict[str, Any] = gather(path, staged, facts.price, facts.data)
-        curves = record["run"] is not None and copy_picture(run_of(path.resolve()) / CURVES, staged / CURVES)
+        run = run_of(path.resolve())
+        curves = run is not None and record["run"] is not None and copy_picture(run / CURVES, staged / CURVES)
         record |= {"repo": repo, "with_code": with_code, "curves": curves}
         text = renewed(card, record) if card is not None else model_card(record, facts.license, facts.language)
         made = {CARD: text or "", FIGURES: json.dumps(record, indent=1) + "\n", **eval_results(record)}

@@ -19,7 +19,7 @@ from gpt2_hf.evaluation.harness import TASKS
 from gpt2_hf.evaluation.hellaswag import HellaSwag, hellaswag_texts, load_hellaswag
 
 
-def harness_loglikelihoods(folder: str, n_items: int, batch_size: int, dtype: str) -> np.ndarray:
+def harness_loglikelihoods(folder: str, n_items: int, batch_size: int, dtype: str, softmax: str | None) -> np.ndarray:
     """Of the endings of the fixed subset, (N, 4), as stock transformers and the harness have them."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -32,7 +32,7 @@ def harness_loglikelihoods(folder: str, n_items: int, batch_size: int, dtype: st
     subset = [i * len(everything) // n_items for i in range(n_items)]  # as in load_hellaswag
     task.dataset = {"validation": everything.select(subset)}
     stock = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
-    options = {} if dtype == "float32" else {"mixed_precision_dtype": dtype}
+    options = {} if dtype == "float32" else {"mixed_precision_dtype": dtype, "softmax_dtype": softmax}
     lm = HFLM(pretrained=stock, tokenizer=load_folder(folder)[1], batch_size=batch_size, **options)
     samples = sorted(evaluate(lm, loaded, bootstrap_iters=0)["samples"]["hellaswag_offline"], key=lambda s: s["doc_id"])
     return np.array([[float(answer[0]) for (answer,) in sample["resps"]] for sample in samples])
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=10_042)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--batch_size", type=int, default=8, help="of the harness; ours is as many tokens")
+    parser.add_argument("--softmax_dtype", help="of the harness; by default that of the logits")
     parser.add_argument("--tie", type=float, default=1e-4, help="a margin below this is a tie")
     args = parser.parse_args()
     folder = locate(args.model)

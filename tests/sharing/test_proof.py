@@ -16,7 +16,7 @@ from gpt2_hf.evaluation.evaluate import evaluate_folder
 from gpt2_hf.program import UserError
 from gpt2_hf.runs import write_folder
 from gpt2_hf.sharing.card import eval_results, marked, model_card
-from gpt2_hf.sharing.figures import gather, public_command, public_path
+from gpt2_hf.sharing.figures import _best, gather, public_command, public_path
 from gpt2_hf.sharing.proof import prove
 from gpt2_hf.sharing.staging import stage
 
@@ -136,3 +136,40 @@ def test_only_whole_benchmarks_are_results_for_the_hub(published):
     (entry,) = parse_eval_result_entries(safe_load(text))
     assert name == ".eval_results/hellaswag.yaml" and entry.dataset_id == "Rowan/hellaswag"
     assert entry.value == pytest.approx(record["run"]["last"]["figures"]["hellaswag_acc_norm"], abs=1e-6)
+
+
+def test_a_measurement_that_was_repeated_is_shown_once():
+    """Of each the one on most items, and of several such the newest."""
+    rows = [
+        {
+            "date": "1",
+            "data": {"windows": 10},
+            "figures": {"val_loss": 1.0, "hellaswag_acc": 0.1, "hellaswag_items": 50},
+        },
+        {"date": "2", "figures": {"hellaswag_acc": 0.2, "hellaswag_items": 10_042}},
+        {
+            "date": "3",
+            "data": {"windows": 10},
+            "figures": {"val_loss": 3.0, "hellaswag_acc": 0.3, "hellaswag_items": 9},
+        },
+        {"date": "4", "figures": {}, "harness": {"hellaswag": {"acc": 0.4, "n": 20}, "piqa": {"acc": 0.4, "n": 20}}},
+        {"date": "5", "figures": {}, "harness": {"piqa": {"acc": 0.5, "n": 20}}},
+    ]
+    kept = [(row["date"], row["figures"], row["harness"]) for row in _best(rows)]
+    assert kept == [
+        ("2", {"hellaswag_acc": 0.2, "hellaswag_items": 10_042}, None),
+        ("3", {"val_loss": 3.0}, None),
+        ("4", {}, {"hellaswag": {"acc": 0.4, "n": 20}}),
+        ("5", {}, {"piqa": {"acc": 0.5, "n": 20}}),
+    ]
+
+
+def test_what_a_model_was_begun_from_is_said(tmp_path):
+    record = {"shape": dict.fromkeys(("n_layer", "n_embd", "n_head", "n_positions", "vocab_size"), 1), "parameters": 1}
+    record |= {"repo": "me/x", "with_code": False, "curves": False}
+    run = {"step": 1, "steps": 1, "tokens": 1, "machine": {}, "time": None, "cost": None, "data": None, "recipe": None}
+    for version, expected in (("0" * 40, "base_model: openai-community/gpt2\n"), ("0" * 64, None)):
+        begun_from = {"name": "openai-community/gpt2", "version": version}
+        card = model_card(record | {"run": run | {"begun_from": begun_from}}, None, None)
+        assert "It began with the weights of openai-community/gpt2." in card
+        assert (expected in card) if expected else "base_model" not in card
