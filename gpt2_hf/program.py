@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -91,6 +92,33 @@ def say(line: str, patience: float = PATIENCE) -> None:
         time.sleep(patience)
         line = f"[rank {rank}] {line}"
     print(line, file=sys.stderr, flush=True)
+
+
+def serve_parent() -> tuple[threading.Event, threading.Event]:
+    """Work beside the process that has started this one: at low priority, until it says to finish, or is gone.
+
+    Returns:
+        Events that are set when a line comes on stdin: that the work is to be finished, and one to wait for.
+    """
+    parent = os.getppid()
+    finishing, wake = threading.Event(), threading.Event()
+
+    def listen() -> None:
+        for _ in sys.stdin:
+            finishing.set()
+            wake.set()
+        os._exit(0)
+
+    def watch_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(0)
+
+    for target in (listen, watch_parent):
+        threading.Thread(target=target, daemon=True).start()
+    with suppress(OSError, AttributeError):
+        os.nice(10)
+    return finishing, wake
 
 
 def end_with_launcher() -> None:

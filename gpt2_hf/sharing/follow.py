@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import runs
+from ..program import serve_parent
 
 if TYPE_CHECKING:
     from ..config import PublishSection
@@ -78,25 +78,8 @@ def _tell(process: subprocess.Popen[str], line: str) -> None:
 
 def follow(run: Path) -> None:
     """Publish what is due until training says on stdin that it has ended, and its final model is published."""
-    parent = os.getppid()
     settings = json.loads(sys.stdin.readline())
-    finishing, wake = threading.Event(), threading.Event()
-
-    def listen() -> None:
-        for _ in sys.stdin:
-            finishing.set()
-            wake.set()
-        os._exit(0)  # training is gone
-
-    def watch_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(0)
-
-    for target in (listen, watch_parent):
-        threading.Thread(target=target, daemon=True).start()
-    with suppress(OSError, AttributeError):
-        os.nice(15)
+    finishing, wake = serve_parent()
     pause, has_failed = WAITS_S[0], False
     while True:
         try:

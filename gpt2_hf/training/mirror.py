@@ -26,7 +26,7 @@ from .. import runs
 from ..data.folder import ShardError
 from ..data.storage import Retry, Storage
 from ..files import mask
-from ..program import program
+from ..program import program, serve_parent
 from .stored_run import SAY_EVERY_S, Copy, Keep
 
 if TYPE_CHECKING:
@@ -170,25 +170,8 @@ class Mirror:
 
 def follow(run: Path) -> None:
     """Copy what the run writes until training says on stdin that it has ended, and all is copied."""
-    parent = os.getppid()
     settings = json.loads(sys.stdin.readline())
-    finishing, wake = threading.Event(), threading.Event()
-
-    def listen() -> None:
-        for _ in sys.stdin:
-            finishing.set()
-            wake.set()
-        os._exit(0)  # training is gone
-
-    def watch_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(0)
-
-    for target in (listen, watch_parent):
-        threading.Thread(target=target, daemon=True).start()
-    with suppress(OSError, AttributeError):
-        os.nice(10)
+    finishing, wake = serve_parent()
 
     def tell(note: str) -> None:
         print(json.dumps({"there": copy.there() if copy else [], "note": note}), flush=True)
