@@ -155,6 +155,7 @@ class RunLog:
     def say(self, text: str) -> None:
         if self.enabled:
             self.bar.write(text, file=sys.stdout)
+            sys.stdout.flush()  # or a log file has it after the last words of a run that is told to end
 
     def close(self) -> None:
         self.bar.close()
