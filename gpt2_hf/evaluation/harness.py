@@ -53,7 +53,10 @@ class Harness:
             raise ValueError(f"limit is {limit}, less than an item for each of {n_ranks} processes: raise it")
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self._limit = limit
-        self._manager = TaskManager(include_path=[str(TASKS), *([str(include_path)] if include_path else [])])
+        paths = [str(TASKS), *([str(include_path)] if include_path else [])]
+        self._manager = TaskManager(include_path=paths, include_defaults=False)
+        if not set(tasks) <= set(self._manager.all_tasks):  # the harness's own take seconds to find
+            self._manager = TaskManager(include_path=paths)
         known = set(self._manager.all_tasks)
         if unknown := [task for task in tasks if task not in known]:
             raise ValueError(f"lm-evaluation-harness has no task {unknown[0]}: `lm_eval ls tasks` lists them")
