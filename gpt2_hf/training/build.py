@@ -114,6 +114,7 @@ def build(
     documents = build_document_mask(config, data.train, bare_model, DTYPES[precision])
     throughput = build_throughput(config, accelerator, bare_model, precision)
     log = open_log(config, accelerator, folder, start, data.train, precision, initial)
+    folder.step, folder.newest = start.step, start.checkpoint  # now that there is a bar, for last words to stand below
     if why_not:
         log.say(f"no reference curve to compare with ({why_not}): name an earlier run with --eval.reference RUN")
     curve = curve if accelerator.is_main_process else None  # one rank's share of the data is enough
@@ -121,7 +122,6 @@ def build(
     # A host of its own, as its thread talks while training may.
     savers = Host(state, collective_timeout(config.train.timeout_s))
     saver = checkpoint.Saver(savers, bare_model, optimizers, tokenizer, warn=log.say, waiting=stop.heart.moved)
-    folder.step, folder.newest = start.step, start.checkpoint
     return Parts(
         config=config,
         data=data,
