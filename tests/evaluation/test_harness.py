@@ -9,10 +9,9 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from gpt2_hf.data.tokenizer import load_tokenizer
+from gpt2_hf.evaluation import harness
 from gpt2_hf.evaluation.evaluate import load_folder
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
-
-harness = pytest.importorskip("gpt2_hf.evaluation.harness")
 
 DATA = """
 from datasets import Dataset
