@@ -276,7 +276,7 @@ def test_without_a_package_the_other_one_is_written(make_run, monkeypatch, capsy
     ids=["pdf", "svg and png", "page"],
 )
 def test_the_script_writes_what_it_is_asked_for(make_run, tmp_path, monkeypatch, capsys, arguments, written):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the extra report has it")
     make_run()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["report.py", "run", *arguments])
