@@ -70,7 +70,7 @@ def main() -> None:
     )
     mine, theirs = (
         ours.loglikelihoods["lm_eval"],
-        harness_loglikelihoods(folder, args.items, args.batch_size, args.dtype),
+        harness_loglikelihoods(folder, args.items, args.batch_size, args.dtype, args.softmax_dtype),
     )
     n_chars = np.array([[len(ending) for ending in hellaswag_texts(item, "lm_eval")[1]] for item in items])
 

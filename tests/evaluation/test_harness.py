@@ -1,6 +1,8 @@
 """The kinds of choices that the usual tasks of lm-evaluation-harness offer, through the harness on a live model."""
 
 import math
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -128,3 +130,12 @@ def test_choices_of_each_kind_are_those_of_a_plain_loop(tasks, folder):
         task, metric = name.split()
         assert found.table[task][metric] == pytest.approx(right.mean())
         assert found.table[task][f"{metric}_stderr"] == pytest.approx(right.std(ddof=1) / math.sqrt(len(right)))
+
+
+def test_the_script_that_compares_item_by_item(folder, monkeypatch, capsys):
+    """Its row for a model with large weights: the same picks, and no difference to speak of."""
+    script = Path(__file__).with_name("harness_equality.py")
+    monkeypatch.setattr(sys, "argv", [str(script), str(folder), "--items", "6"])
+    runpy.run_path(str(script), run_name="__main__")
+    row = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")]
+    assert (row[2], row[6], row[7], row[9], row[10]) == ("6", "6", "none", "6", "none") and float(row[5]) < 0.01
