@@ -16,6 +16,9 @@ from .schedules import SCHEDULES
 
 Count = Annotated[int, Range(1)]
 Interval = Annotated[int, Range(0)]  # in steps; 0 is never
+Rate = Annotated[float, Range(above=0)]
+Betas = tuple[Annotated[float, Range(0, below=1)], Annotated[float, Range(0, below=1)]]
+Decay = Annotated[float, Range(0)]
 
 # Attention backends that can be told where documents end.
 MASKS_DOCUMENTS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -36,6 +39,8 @@ class ModelSection(Knobs):
         attn_implementation: auto, or a name that transformers knows: sdpa, eager, flex_attention, flash_attention_2...
         init_from: begin with the weights of a gpt2 folder, a run or a model of the Hub, of the same shape, instead of
             random ones. A resumed run needs them no more.
+        zero_init: begin with the projections that add to the residual stream at zero, so that each block begins as the
+            identity, instead of small random ones.
     """
 
     _prefix: ClassVar[str] = "model."
@@ -49,6 +54,7 @@ class ModelSection(Knobs):
     dropout: Annotated[float, Range(0, below=1)] = 0.0
     attn_implementation: Annotated[str, Filled()] = "auto"
     init_from: Annotated[str, PathName()] | None = None
+    zero_init: bool = False
 
     def gpt_config(self) -> GPTConfig:
         """The model's own configuration. Raises ConfigError for a shape that cannot be."""
@@ -89,35 +95,67 @@ class DataSection(Knobs):
 class OptimSection(Knobs):
     """The update.
 
+    Parameters have four roles: matrices (of the blocks), the token embedding (which is the head too), position
+    embeddings, and vectors (biases, norms). What is not given for a role is as for the matrices under AdamW, but
+    vectors do not decay.
+
     Args:
         name: adamw, or muon (Muon for the matrices inside blocks, AdamW for everything else).
         lr: peak learning rate of AdamW's parameters.
-        muon_lr: peak learning rate of Muon's parameters (updates are scaled to AdamW's size, so of lr's order).
+        embedding_lr: of the token embedding, instead of lr.
+        position_lr: of the position embeddings, instead of lr.
+        vector_lr: of biases and norms, instead of lr.
+        muon_lr: peak learning rate of Muon's parameters, in spectral units: the most by which a step changes a layer's
+            output, for an input of size 1. About 0.02 for models of any width.
         muon_momentum: momentum of Muon (Nesterov).
+        muon_split_qkv: orthogonalise query, key and value apart, instead of the one matrix that holds them.
         betas: AdamW's averaging coefficients.
+        embedding_betas: of the token embedding, instead of betas.
+        position_betas: of the position embeddings, instead of betas.
+        vector_betas: of biases and norms, instead of betas.
         eps: AdamW's denominator offset.
-        weight_decay: decoupled decay of matrices and embeddings; vectors do not decay.
+        weight_decay: decoupled decay of matrices and embeddings: a step takes lr x weight_decay of each weight.
+        embedding_weight_decay: of the token embedding, instead of weight_decay.
+        position_weight_decay: of the position embeddings, instead of weight_decay.
+        vector_weight_decay: of biases and norms.
+        cautious_decay: decay only weights that the update makes smaller too.
+        decay_follows_lr: let weight decay rise and fall as the learning rate does (so their product as its square).
         max_grad_norm: gradients are scaled down to this global L2 norm.
         schedule: cosine, or trapezoid (constant, then linear down over the last decay_ratio of the steps).
         warmup_steps: linear rise of the learning rate from step 0.
         decay_ratio: share of the steps in which trapezoid falls.
         min_lr_ratio: floor of the learning rate, as a share of its peak; it stays there after the last step.
+        ema: final/ gets a moving average of the weights, which remembers about this share of the run's steps (0: it
+            gets the last weights).
     """
 
     _prefix: ClassVar[str] = "optim."
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: Annotated[float, Range(above=0)] = 6e-4
-    muon_lr: Annotated[float, Range(above=0)] = 6e-4
+    lr: Rate = 6e-4
+    embedding_lr: Rate | None = None
+    position_lr: Rate | None = None
+    vector_lr: Rate | None = None
+    muon_lr: Rate = 0.02
     muon_momentum: Annotated[float, Range(0, below=1)] = 0.95
-    betas: tuple[Annotated[float, Range(0, below=1)], Annotated[float, Range(0, below=1)]] = (0.9, 0.95)
+    muon_split_qkv: bool = True
+    betas: Betas = (0.9, 0.95)
+    embedding_betas: Betas | None = None
+    position_betas: Betas | None = None
+    vector_betas: Betas | None = None
     eps: Annotated[float, Range(above=0)] = 1e-8
-    weight_decay: Annotated[float, Range(0)] = 0.1
+    weight_decay: Decay = 0.1
+    embedding_weight_decay: Decay | None = None
+    position_weight_decay: Decay | None = None
+    vector_weight_decay: Decay = 0.0
+    cautious_decay: bool = False
+    decay_follows_lr: bool = False
     max_grad_norm: Annotated[float, Range(above=0)] = 1.0
     schedule: Annotated[str, OneOf(tuple(SCHEDULES))] = "cosine"
     warmup_steps: Interval = 715
     decay_ratio: Annotated[float, Range(above=0, at_most=1)] = 0.3
     min_lr_ratio: Annotated[float, Range(0, 1)] = 0.1
+    ema: Annotated[float, Range(0, below=1)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -317,6 +355,8 @@ class RunConfig(Knobs):
                 f"data.document_mask does not work with model.attn_implementation {self.model.attn_implementation}; "
                 f"leave that at auto, or use one of {', '.join(MASKS_DOCUMENTS)}"
             )
+        if self.model.zero_init and self.model.init_from:
+            raise ConfigError("model.zero_init would undo some of model.init_from: keep one of the two")
         every, saved = self.publish.every_steps, self.checkpoint.save_every
         if every and (self.publish.repo is None or not saved or every % saved):
             raise ConfigError(
@@ -362,6 +402,12 @@ class RunConfig(Knobs):
                 f"optim.warmup_steps {self.optim.warmup_steps} is not below train.steps {self.train.steps}: the "
                 f"learning rate only rises"
             )
+        if self.optim.name == "muon" and self.optim.muon_lr < 0.003:
+            found.append(
+                f"optim.muon_lr {self.optim.muon_lr} is low: it is in spectral units, where about 0.02 suits all widths"
+            )
+        if self.optim.name == "muon" and not self.optim.weight_decay:
+            found.append("optim.weight_decay 0 lets Muon's matrices grow without end; about 0.1 ends lower")
         save, keep = self.checkpoint.save_every, self.checkpoint.keep_every
         if keep and (not save or keep % save):
             found.append(f"checkpoint.keep_every {keep} is no multiple of checkpoint.save_every {save}: it keeps less")

@@ -30,6 +30,7 @@ from ..files import mask
 from ..knobs import ConfigError
 from ..model import GPTForCausalLM
 from ..model.loss import LossKernels
+from ..model.modeling_gpt import ResidualProjection
 from ..model.versions import check_first_step
 from ..reference import find_curve
 from . import checkpoint
@@ -39,7 +40,7 @@ from .initial import InitialWeights, find_initial_weights, load_initial_weights,
 from .kernels import KernelCheck
 from .measures import Measures, build_document_mask
 from .metrics import RunLog, Throughput, flops_per_token
-from .optim import build_optimizers
+from .optim import WeightAverage, build_optimizers
 from .run_folder import RunFolder
 from .start import Data, Start, identity
 from .stop import Stop
@@ -96,11 +97,13 @@ def build(
     initial = None if start.checkpoint else host.first(lambda: find_initial_weights(config))
     bare_model = build_model(config, start.checkpoint, accelerator, precision, initial)
     is_random = start.checkpoint is None and initial is None
-    init = odd_weights(bare_model) if curve and is_random else ""
+    init = odd_weights(bare_model) if curve and is_random and not config.model.zero_init else ""
     tokenizer = load_tokenizer()
     model = distribute(bare_model, accelerator, mesh, DTYPES[precision])
     optimizers = build_optimizers(bare_model, config.optim, state.device)
     accelerator.prepare(*optimizers)
+    if config.optim.ema:  # not for Accelerate, which would unscale each parameter's gradient twice
+        optimizers.append(WeightAverage(bare_model.parameters(), config.optim.ema * config.train.steps))
     watch = Watch(config, accelerator, bare_model)
     if start.checkpoint:
         load_trainer_state(start.checkpoint, host, accelerator, bare_model, optimizers, watch)
@@ -231,6 +234,9 @@ def build_model(
         torch.manual_seed(config.train.seed)
         gpt_config._attn_implementation = attention
         model = GPTForCausalLM(gpt_config)
+        for module in model.modules():
+            if isinstance(module, ResidualProjection) and config.model.zero_init:
+                nn.init.zeros_(module.weight)
         if precision == "fp64":
             model.double()
         if initial:

@@ -48,6 +48,7 @@ from ..runs import (
     step_name,
 )
 from .distributed import Host, put, settle, settled, whole
+from .optim import WeightAverage, averaged
 from .stop import GONE, Stopping
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ def save_final(parts: Parts) -> None:
         parts.watch.try_weights(parts.start.step, parts.optimizers, None)
     parts.saver.wait()
     check_folder(parts)
-    parts.saver.begin(parts.folder.final)
+    with averaged(parts.bare_model, parts.optimizers):
+        parts.saver.begin(parts.folder.final)
     problem = parts.saver.wait()
     check_folder(parts)
     if problem:
@@ -350,9 +352,11 @@ def load_trainer_state(folder: Path, model: nn.Module, optimizers: Sequence[Opti
     wanted = {}
     for name, p in model.named_parameters():
         for key in [full.removeprefix(f"{name}.") for full in saved if full.rpartition(".")[0] == name]:
+            if (owner := owners.get((p, key == "average"))) is None:
+                continue  # the average of a run that no longer keeps one
             like = saved[f"{name}.{key}"]
             value = torch.zeros_like(p) if like.size == p.shape else p.new_zeros(like.size, dtype=like.properties.dtype)
-            wanted[f"{name}.{key}"] = owners[p].state[p][key] = value.detach()
+            wanted[f"{name}.{key}"] = owner.state[p][key] = value.detach()
     dcp.load(wanted, storage_reader=reader, process_group=host.group, no_dist=host.group is None)
     return read_state(folder)
 
@@ -374,8 +378,14 @@ def _finish(place: Path, temporary: Path, begun: os.stat_result, entries: dict[s
     finish_folder(place, temporary, entries)
 
 
-def _owners(optimizers: Sequence[Optimizer]) -> dict[Any, Optimizer]:
-    return {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+def _owners(optimizers: Sequence[Optimizer]) -> dict[tuple[Any, bool], Optimizer]:
+    """Parameter, and whether it is about its average -> the optimizer whose state holds that."""
+    return {
+        (p, isinstance(optimizer, WeightAverage)): optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
 
 
 def _load_old_state(file: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -384,8 +394,8 @@ def _load_old_state(file: Path, model: nn.Module, optimizers: Sequence[Optimizer
     for name, p in model.named_parameters():
         for key, tensor in saved.get(name, {}).items():
             value = torch.zeros_like(p) if tensor.ndim else torch.zeros((), dtype=tensor.dtype, device=p.device)
-            owners[p].state[p][key] = value.detach()
-            put(tensor, into=owners[p].state[p][key])
+            owners[p, False].state[p][key] = value.detach()
+            put(tensor, into=owners[p, False].state[p][key])
 
 
 def _cause(error: BaseException) -> Exception:

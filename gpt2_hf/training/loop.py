@@ -28,7 +28,7 @@ from .distributed import Host, clip, exchange
 from .heart import advice_on_strangers, collective_timeout, meet
 from .metrics import is_due, peak_memory_gb
 from .mirror import mirroring
-from .optim import lr_at, set_lr, step_optimizers
+from .optim import averaged, lr_at, set_lr, step_optimizers
 from .preflight import check_devices, check_environment, check_launcher, check_run
 from .rewind import rewind
 from .run_folder import RunFolder
@@ -140,7 +140,7 @@ def loop(config: RunConfig, parts: Parts) -> None:
     safe_point = parts.stop.safe_point
     with load_steps(config, parts.data.train, parts.start, parts.accelerator) as batches:
         if first == 0 or parts.start.owed is not None:
-            log.write(first, (parts.start.owed or {}) | parts.measures.take(first))
+            log.write(first, (parts.start.owed or {}) | measure(parts, first))
         for step, batch in enumerate(batches, first + 1):
             lr_share = lr_at(step - 1, last, config.optim)
             set_lr(parts.optimizers, lr_share)
@@ -167,7 +167,7 @@ def loop(config: RunConfig, parts: Parts) -> None:
                     log.say(f"step {step}: not saved, as the loss is far above that of the steps before, or not finite")
                 saving = saving and is_good
             with parts.stop.owing(row):
-                row = row | parts.measures.take(step)
+                row = row | measure(parts, step)
             row |= parts.track.judge(step, row)
             if folder.is_gone():
                 parts.stop.ask(GONE)
@@ -178,6 +178,15 @@ def loop(config: RunConfig, parts: Parts) -> None:
                 throughput.restart(step)  # what took time here was not training, or was compilation
             safe_point()
         parts.stop.last_step_made()
+
+
+def measure(parts: Parts, step: int) -> dict[str, Any]:
+    """What is to be measured after ``step``: after the last, of the weights that ``final/`` gets."""
+    if step < parts.config.train.steps or not parts.config.optim.ema:
+        return parts.measures.take(step)
+    last = parts.measures.take(step, only_loss=True)
+    with averaged(parts.bare_model, parts.optimizers):
+        return parts.measures.take(step) | {f"{name}_raw": value for name, value in last.items() if name == "val_loss"}
 
 
 def train_step(

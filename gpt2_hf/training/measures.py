@@ -72,15 +72,16 @@ class Measures:
     def any_due(self, step: int) -> bool:
         return any(is_due(every, step, self._config.train.steps) for every, _ in self._kinds)
 
-    def take(self, step: int) -> dict[str, Any]:
+    def take(self, step: int, only_loss: bool = False) -> dict[str, Any]:
         """The measurements that are due after ``step``, as one row.
 
         Before the first step that is the loss alone: an untrained model's answers are chance, and the run should start.
         """
+        only_loss = only_loss or step == 0
         row: dict[str, Any] = {}
         hook = self._model.register_forward_pre_hook(lambda *_: self._safe_point(), prepend=True)
         try:
-            for every, measure in self._kinds if step else self._kinds[: self._n_before_training]:
+            for every, measure in self._kinds[: self._n_before_training] if only_loss else self._kinds:
                 if is_due(every, step, self._config.train.steps):
                     row |= measure()
         finally:

@@ -1,9 +1,10 @@
-"""The update: which parameter is treated how, AdamW, Muon, and the learning rate as a function of the step."""
+"""The update: which parameter is treated how, AdamW, Muon, the learning rate of a step, and the average of weights."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 from .. import hardware
 from ..config import OptimSection
 from ..schedules import SCHEDULES
-from .distributed import local, share_of, whole
+from .distributed import local, settle, share_of, whole
 
 
 def lr_at(step: int, total_steps: int, config: OptimSection) -> float:
@@ -31,37 +32,68 @@ def lr_at(step: int, total_steps: int, config: OptimSection) -> float:
     return config.min_lr_ratio + height * (1 - config.min_lr_ratio)
 
 
+def role_of(name: str, parameter: Tensor) -> str:
+    """What a parameter is to the optimizer: ``vector``, ``position``, ``matrix`` (of a block), or ``embedding``.
+
+    The token embedding is the head too; a head of its own would be treated alike.
+    """
+    if parameter.ndim < 2:
+        return "vector"
+    return "position" if ".wpe." in name else "matrix" if ".h." in name else "embedding"
+
+
 def build_optimizers(model: nn.Module, config: OptimSection, device: torch.device) -> list[Optimizer]:
     """AdamW over all parameters, or Muon for the blocks' matrices and AdamW for the rest.
 
-    Matrices and embeddings decay, vectors (biases, norms) do not. Each group keeps its peak rate in ``peak_lr``.
+    Each role has a group, which keeps its peak rate in ``peak_lr`` and its peak decay in ``peak_decay``.
     """
-    named = dict(model.named_parameters())  # a tied head appears once
-    matrices = {name for name, p in named.items() if p.ndim >= 2}
-    for_muon = {name for name in matrices if ".h." in name} if config.name == "muon" else set()
+    roles: dict[str, list[nn.Parameter]] = {"embedding": [], "position": [], "vector": [], "matrix": []}
+    for name, p in sorted(model.named_parameters()):  # a tied head appears once
+        roles[role_of(name, p)].append(p)
 
-    def group(names: Iterable[str], decay: float, lr: float) -> dict[str, Any]:
-        return {"params": [named[n] for n in sorted(names)], "weight_decay": decay, "lr": lr, "peak_lr": lr}
+    def group(role: str, lr: float) -> dict[str, Any]:
+        def chosen(setting: str, otherwise: Any) -> Any:
+            own = getattr(config, f"{role}_{setting}", None)
+            return otherwise if own is None else own
 
-    adam_groups = [
-        group(matrices - for_muon, config.weight_decay, config.lr),
-        group(named.keys() - matrices, 0.0, config.lr),
-    ]
+        decay, peak = chosen("weight_decay", config.weight_decay), chosen("lr", lr)
+        return {
+            "params": roles[role],
+            "lr": peak,
+            "peak_lr": peak,
+            "betas": chosen("betas", config.betas),
+            "weight_decay": decay,
+            "peak_decay": decay,
+            "decay_follows_lr": config.decay_follows_lr,
+        }
+
+    by_muon = ["matrix"] if config.name == "muon" else []
     # Fused AdamW is one kernel per group instead of a dozen per tensor, and the only kind that can be told on the
     # device to skip a step.
-    optimizers: list[Optimizer] = [AdamW(adam_groups, betas=config.betas, eps=config.eps, fused=True)]
-    if for_muon:
-        optimizers.append(Muon([group(for_muon, config.weight_decay, config.muon_lr)], momentum=config.muon_momentum))
+    kind = CautiousAdamW if config.cautious_decay else AdamW
+    adam_groups = [group(role, config.lr) for role in roles if role not in by_muon]
+    optimizers: list[Optimizer] = [kind(adam_groups, eps=config.eps, fused=True)]
+    if by_muon:
+        optimizers.append(
+            Muon(
+                [group("matrix", config.muon_lr)],
+                momentum=config.muon_momentum,
+                cautious_decay=config.cautious_decay,
+                split_qkv=config.muon_split_qkv,
+            )
+        )
     grouped = [id(p) for optimizer in optimizers for g in optimizer.param_groups for p in g["params"]]
-    assert len(grouped) == len(set(grouped)) == len(named), "every parameter belongs to exactly one group"
+    assert sorted(grouped) == sorted(map(id, model.parameters())), "every parameter belongs to exactly one group"
     return optimizers
 
 
 def set_lr(optimizers: Iterable[Optimizer], share: float) -> None:
-    """Set every group's learning rate to ``share`` of its peak."""
+    """Set every group's learning rate to ``share`` of its peak, and its decay where that follows the rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = share * group["peak_lr"]
+            if group["decay_follows_lr"]:
+                group["weight_decay"] = share * group["peak_decay"]
 
 
 def step_optimizers(optimizers: Sequence[Optimizer], scaler: torch.amp.GradScaler | None, grad_norm: Tensor) -> None:
@@ -103,16 +135,45 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype = torch.f
     return x.mT if wide else x
 
 
-class Muon(Optimizer):
-    """Momentum, orthogonalised (Jordan et al. 2024), scaled to AdamW's usual update size (Liu et al. 2025, sec. 2.2).
+class CautiousAdamW(AdamW):
+    """AdamW that lets only those weights decay that its update makes smaller too (Chen et al. 2025, "Cautious Weight
+    Decay"); the decay is taken after the update."""
 
-    For the [in, out] matrices of GPT-2's blocks. ``c_attn`` holds three matrices side by side (query, key, value),
-    each orthogonalised by itself. Matrices of one shape go through the iteration as one batch, of which each of several
-    ranks takes its share, whether it has those matrices whole or in part.
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        decays = [group["weight_decay"] for group in self.param_groups]
+        for group in self.param_groups:
+            group["weight_decay"] = 0.0
+        loss = super().step(closure)
+        for group, decay in zip(self.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+            taken = group["lr"] * decay * (1.0 if self.found_inf is None else 1 - self.found_inf)
+            for p in group["params"] if decay else ():
+                if p.grad is not None:
+                    weights, average = local(p), local(self.state[p]["exp_avg"])
+                    weights.mul_(1 - taken * (weights * average > 0))
+        return loss
+
+
+class Muon(Optimizer):
+    """Momentum, orthogonalised (Jordan et al. 2024), for the [in, out] matrices of GPT-2's blocks.
+
+    An update is ``lr sqrt(max(1, out / in)) O``, where O has the gradient's average's singular vectors, and singular
+    values of about 1. So ``lr`` is in spectral units: whatever the width, it bounds how much a step changes a layer's
+    output, whose root mean square changes by at most ``lr`` for an input of root mean square 1 in a square matrix, and
+    rates that were tuned at one width hold at others. It is ``torch.optim.Muon``'s "original" adjustment.
+
+    ``c_attn`` holds three matrices side by side (query, key, value), each orthogonalised by itself. Matrices of one
+    shape go through the iteration as one batch, of which each of several ranks takes its share, whether it has those
+    matrices whole or in part.
 
     Args:
         params: groups of 2-D parameters with ``lr`` and ``weight_decay`` (decoupled).
         momentum: of the Nesterov average of gradients.
+        cautious_decay: decay only weights that the update makes smaller too.
+        split_qkv: False orthogonalises ``c_attn`` as the one matrix it is stored as.
 
     Attributes:
         found_inf: as fused AdamW's: where this tensor, (), holds 1, a step changes neither weights nor momentum.
@@ -120,8 +181,17 @@ class Muon(Optimizer):
 
     found_inf: Tensor | None = None
 
-    def __init__(self, params: Any, lr: float = 6e-4, momentum: float = 0.95, weight_decay: float = 0.1):
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        cautious_decay: bool = False,
+        split_qkv: bool = True,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._cautious_decay, self._split_qkv = cautious_decay, split_qkv
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -132,14 +202,17 @@ class Muon(Optimizer):
                 if p.grad is not None:
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, parameters in by_shape.items():
-                side_by_side = shape[1] // shape[0] if shape[1] == 3 * shape[0] else 1
-                # AdamW's updates have a root mean square of 0.2 to 0.4; an orthogonal matrix has 1 / sqrt(longer side).
-                scale = 0.2 * math.sqrt(max(shape[0], shape[1] // side_by_side))
+                is_qkv = shape[1] == 3 * shape[0] and self._split_qkv
+                side_by_side = 3 if is_qkv else 1
+                size = math.sqrt(max(1, shape[1] / side_by_side / shape[0]))
                 updates = [self._average(p, group["momentum"]) for p in parameters]
                 for p, direction in zip(parameters, self._directions(updates, side_by_side), strict=True):
-                    part, mine = local(p), share_of(direction, p)
-                    decayed = part * (1 - group["lr"] * group["weight_decay"])
-                    self._replace(part, decayed.add_(mine.to(part.dtype), alpha=-group["lr"] * scale))
+                    part = local(p)
+                    mine = share_of(direction, p).to(part.dtype)
+                    decay: float | Tensor = group["lr"] * group["weight_decay"]
+                    if self._cautious_decay:
+                        decay = decay * (part * mine > 0)
+                    self._replace(part, (part * (1 - decay)).add_(mine, alpha=-group["lr"] * size))
         return loss
 
     def _average(self, p: Tensor, momentum: float) -> Tensor:
@@ -179,3 +252,54 @@ class Muon(Optimizer):
     def _replace(self, old: Tensor, new: Tensor) -> None:
         """Put ``new`` in the place of ``old``, unless the step is skipped."""
         old.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, old, new))
+
+
+class WeightAverage(Optimizer):
+    """A moving average of the weights, which follows the optimizers that change them.
+
+    An optimizer itself, so that what it has accumulated is saved, resumed and sharded as theirs.
+
+    Args:
+        params: every parameter of the model.
+        memory: steps after which a weight counts 1/e of what it did.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], memory: float):
+        super().__init__(params, {"lr": 0.0, "peak_lr": 0.0, "decay_follows_lr": False})
+        self.rate = 1 / max(1.0, memory)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = closure() if closure is not None else None
+        parameters = self.param_groups[0]["params"]
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["average"] = p.detach().clone()
+        averages = [local(self.state[p]["average"]) for p in parameters]
+        torch._foreach_lerp_(averages, [local(p) for p in parameters], self.rate)
+        return loss
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the weights and their average; a second call puts both back."""
+        for p, state in self.state.items():
+            weights, average = local(p), local(state["average"])
+            kept = weights.clone()
+            weights.copy_(average)
+            average.copy_(kept)
+
+
+@contextmanager
+def averaged(model: nn.Module, optimizers: Sequence[Optimizer]) -> Iterator[bool]:
+    """Inside, the model has the average of its weights, where the run keeps one; yields whether it does."""
+    average = next((optimizer for optimizer in optimizers if isinstance(optimizer, WeightAverage)), None)
+    if average is None or not average.state:
+        yield False
+        return
+    settle(model)  # weights that are gathered would not change with a rank's share of them
+    average.swap()
+    try:
+        yield True
+    finally:
+        settle(model)
+        average.swap()

@@ -135,6 +135,7 @@ def identity(config: RunConfig, data: ShardSet) -> dict[str, Any]:
         "train.overfit_batch": config.train.overfit_batch,
         "optim.name": config.optim.name,
         "model.init_from": config.model.init_from,
+        "model.zero_init": config.model.zero_init,
     }
 
 
@@ -295,7 +296,11 @@ def _check(config: RunConfig, data: ShardSet, found: Path, rewind: Rewind | None
 
 def _refuse_other(config: RunConfig, data: ShardSet, saved: dict[str, Any], place: str) -> None:
     """Raise ConfigError when a checkpoint's state is that of another run, naming all that differs and is not forced."""
-    saved = {"data.document_mask": False, "model.init_from": None} | saved  # older checkpoints don't name these
+    saved = {
+        "data.document_mask": False,
+        "model.init_from": None,
+        "model.zero_init": False,
+    } | saved  # older checkpoints don't name these
     now = identity(config, data)
     if unknown := set(config.resume.force) - now.keys():
         raise ConfigError(f"resume.force: {', '.join(sorted(unknown))} is not among {', '.join(now)}")
