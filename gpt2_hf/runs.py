@@ -330,7 +330,7 @@ def best_step(run: Path, steps: Iterable[int] | None = None) -> int | None:
     for row in read_rows(run / "metrics.jsonl"):
         if not isinstance(row, dict):
             continue  # none that a run writes
-        step, loss = row.get("step"), row.get("val_loss")
+        step, loss = row.get("step"), row.get("val_loss_raw", row.get("val_loss"))  # the second of an average
         if isinstance(step, int) and step in kept and isinstance(loss, float) and math.isfinite(loss):
             measured[step] = loss
     from_best = sorted(measured, key=measured.__getitem__)

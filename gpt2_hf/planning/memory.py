@@ -75,6 +75,12 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
+def n_averages(config: RunConfig, n: Parameters) -> int:
+    """Numbers that are kept beside the weights: averages of gradients and their squares, and of weights."""
+    of_muon = n.matrices if config.optim.name == "muon" else 0
+    return 2 * n.total - of_muon + (n.total if config.optim.ema else 0)
+
+
 def memory_of(config: RunConfig, way: Way, n: Parameters, micro_batch_size: int, accumulates: bool) -> Memory:
     """What a rank holds at most.
 
@@ -85,8 +91,7 @@ def memory_of(config: RunConfig, way: Way, n: Parameters, micro_batch_size: int,
     whole = WIDTH["fp64"] if way.precision == "fp64" else 4
     width, tokens = WIDTH[way.precision], micro_batch_size * config.data.seq_len
     weights = whole * n.total / way.shards
-    n_averages = 2 * n.total - (n.matrices if config.optim.name == "muon" else 0)
-    averages = whole * n_averages / way.shards
+    averages = whole * n_averages(config, n) / way.shards
     if way.shards > 1:
         # Gathered once a step: blocks in the products' precision, embeddings and the head as they are. Between
         # micro-steps whole gradients are added up.

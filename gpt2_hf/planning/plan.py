@@ -21,7 +21,7 @@ from ..knobs import ConfigError, Range
 from ..training import preflight
 from ..training.metrics import flops_per_token
 from .cards import Card, card_here, parse_gpus
-from .memory import WIDTH, Memory, Parameters, Way, memory_of
+from .memory import WIDTH, Memory, Parameters, Way, memory_of, n_averages
 from .speed import BEGIN, cpu_step_seconds, gpu_step_seconds, measure_rates, measuring_tokens, slower_kernels
 
 PER_MACHINE = 8  # GPUs, where more are asked for
@@ -241,7 +241,7 @@ def _choose(config: RunConfig, n_devices: int, fits: int) -> tuple[int, str]:
 def checkpoints(config: RunConfig, way: Way, n: Parameters) -> tuple[float, int]:
     """Bytes of a checkpoint, and the most of them that are kept at a time, beside the finished model."""
     keep, width = config.checkpoint, 8 if way.precision == "fp64" else 4
-    averages = 2 * n.total - (n.matrices if config.optim.name == "muon" else 0)
+    averages = n_averages(config, n)
     size = width * (n.total + averages) + TOKENIZER_BYTES
     n_saved = config.train.steps // keep.save_every if keep.save_every else 0
     n_for_good = config.train.steps // keep.keep_every if keep.keep_every else 0

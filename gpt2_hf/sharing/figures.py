@@ -82,6 +82,9 @@ def _of_run(path: Path, weights: str, price: float | None, data: Path | None) ->
     config = _yaml(run / "config.yaml")
     starts = [row for row in _rows(run / "starts.jsonl") if row.get("step", math.inf) <= rows[-1]["step"]]
     latest = {key: value for row in rows for key, value in row.items()}
+    if path.name != "final" and "val_loss_raw" in latest:  # of the average, which final/ has, are the others
+        latest = {key: value for key, value in latest.items() if key not in MEASURED}
+        latest["val_loss"] = latest["val_loss_raw"]
     evaluations = [row for row in _rows(run / runs.EVALUATIONS) if row.get("of_run") and row.get("weights") == weights]
     time = _time(rows, starts)
     return {

@@ -121,7 +121,8 @@ def check_memory(config: RunConfig, available: int, n_processes: int, n_shards: 
     width, inner = model.n_embd, model.n_inner or 4 * model.n_embd
     block = 4 * width * width + 2 * width * inner + inner + 9 * width
     n_parameters = (model.vocab_size + model.n_positions + 2) * width + model.n_layer * block
-    copies = 4 if config.optim.name == "adamw" else 3  # weight, gradient, and one or two averages
+    # Weight, gradient, one or two averages of gradients, and perhaps one of the weight.
+    copies = (4 if config.optim.name == "adamw" else 3) + bool(config.optim.ema)
     state_bytes = n_parameters * copies * (8 if train.precision == "fp64" else 4) // n_shards
     if state_bytes > available:
         raise ConfigError(

@@ -23,7 +23,7 @@ from gpt2_hf.planning.memory import Parameters, Way, activation_bytes, memory_of
 from gpt2_hf.planning.plan import PlanConfig, make_plan, plain, text, to_json, way_here
 from gpt2_hf.planning.speed import Rates, cpu_step_seconds
 from gpt2_hf.training.build import build_accelerator, build_model, set_precision
-from gpt2_hf.training.optim import build_optimizers
+from gpt2_hf.training.optim import WeightAverage, build_optimizers
 
 ROOT = Path(__file__).parents[2]
 ON_CARD = Way("cuda", "bf16", True, "sdpa")
@@ -93,12 +93,13 @@ def _is_of_tokens(tensor: torch.Tensor, n_tokens: int) -> bool:
     return tensor.numel() % n_tokens == 0 and not (tensor.ndim == 2 and {*tensor.shape} <= {96, 288, 384, 512})
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_weights_and_averages_are_those_of_the_optimizers(name):
+@pytest.mark.parametrize(("name", "ema"), [("adamw", 0.0), ("muon", 0.1)])
+def test_weights_and_averages_are_those_of_the_optimizers(name, ema):
     config = shaped(2, 32, 2, 64, 2, precision="fp32")
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name=name))
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name=name, ema=ema))
     model = GPTForCausalLM(config.model.gpt_config())
     optimizers = build_optimizers(model, config.optim, torch.device("cpu"))
+    optimizers += [WeightAverage(model.parameters(), 10)] if ema else []
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for optimizer in optimizers:

@@ -30,9 +30,9 @@ def test_a_model_that_memory_cannot_hold_is_refused(shape):
         check_memory(config, 24 * GB, 1)
 
 
-@pytest.mark.parametrize(("name", "copies"), [("adamw", 4), ("muon", 3)])
-def test_the_limit_is_the_size_of_the_parameters(name, copies):
-    config = RunConfig(model=ModelSection(n_layer=2, n_embd=96, n_head=4), optim=OptimSection(name=name))
+@pytest.mark.parametrize(("name", "ema", "copies"), [("adamw", 0, 4), ("muon", 0, 3), ("adamw", 0.1, 5)])
+def test_the_limit_is_the_size_of_the_parameters(name, ema, copies):
+    config = RunConfig(model=ModelSection(n_layer=2, n_embd=96, n_head=4), optim=OptimSection(name=name, ema=ema))
     with torch.device("meta"):
         model = GPTForCausalLM(GPTConfig(n_layer=2, n_embd=96, n_head=4))
     needed = 4 * copies * sum(parameter.numel() for parameter in model.parameters())
