@@ -125,8 +125,8 @@ class OptimSection(Knobs):
         warmup_steps: linear rise of the learning rate from step 0.
         decay_ratio: share of the steps in which trapezoid falls.
         min_lr_ratio: floor of the learning rate, as a share of its peak; it stays there after the last step.
-        ema: final/ gets a moving average of the weights, which remembers about this share of the run's steps (0: it
-            gets the last weights).
+        ema: final/ gets the exponential moving average of the weights with this decay a step, such as 0.99, instead of
+            the last weights (0), and what is measured after the last step is measured with it.
     """
 
     _prefix: ClassVar[str] = "optim."

@@ -103,7 +103,7 @@ def build(
     optimizers = build_optimizers(bare_model, config.optim, state.device)
     accelerator.prepare(*optimizers)
     if config.optim.ema:  # not for Accelerate, which would unscale each parameter's gradient twice
-        optimizers.append(WeightAverage(bare_model.parameters(), config.optim.ema * config.train.steps))
+        optimizers.append(WeightAverage(bare_model.parameters(), config.optim.ema))
     watch = Watch(config, accelerator, bare_model)
     if start.checkpoint:
         load_trainer_state(start.checkpoint, host, accelerator, bare_model, optimizers, watch)

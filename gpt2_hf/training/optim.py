@@ -255,18 +255,18 @@ class Muon(Optimizer):
 
 
 class WeightAverage(Optimizer):
-    """A moving average of the weights, which follows the optimizers that change them.
+    """The exponential moving average of the weights, which follows the optimizers that change them.
 
     An optimizer itself, so that what it has accumulated is saved, resumed and sharded as theirs.
 
     Args:
         params: every parameter of the model.
-        memory: steps after which a weight counts 1/e of what it did.
+        decay: what the average keeps of itself in a step.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], memory: float):
+    def __init__(self, params: Iterable[nn.Parameter], decay: float):
         super().__init__(params, {"lr": 0.0, "peak_lr": 0.0, "decay_follows_lr": False})
-        self.rate = 1 / max(1.0, memory)
+        self.decay = decay
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -276,7 +276,7 @@ class WeightAverage(Optimizer):
             if not self.state[p]:
                 self.state[p]["average"] = p.detach().clone()
         averages = [local(self.state[p]["average"]) for p in parameters]
-        torch._foreach_lerp_(averages, [local(p) for p in parameters], self.rate)
+        torch._foreach_lerp_(averages, [local(p) for p in parameters], 1 - self.decay)
         return loss
 
     @torch.no_grad()

@@ -99,7 +99,7 @@ def test_weights_and_averages_are_those_of_the_optimizers(name, ema):
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name=name, ema=ema))
     model = GPTForCausalLM(config.model.gpt_config())
     optimizers = build_optimizers(model, config.optim, torch.device("cpu"))
-    optimizers += [WeightAverage(model.parameters(), 10)] if ema else []
+    optimizers += [WeightAverage(model.parameters(), 0.9)] if ema else []
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     for optimizer in optimizers:

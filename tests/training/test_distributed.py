@@ -52,6 +52,7 @@ def constant(data, run_dir, **changes):
         "optim__name": "muon",
         "optim__schedule": "trapezoid",
         "optim__decay_ratio": 1e-9,
+        "optim__ema": 0.8,
         "train__precision": "fp64",
         "train__micro_batch_size": 2,
         "eval__val_every": 4,

@@ -249,7 +249,7 @@ def test_a_skipped_step_decays_nothing():
 
 def test_the_average_of_weights_is_the_series_it_says():
     p = nn.Parameter(torch.zeros(3))
-    average = WeightAverage([p], memory=4.0)
+    average = WeightAverage([p], decay=0.75)
     expected = None
     for value in (1.0, 3.0, -2.0, 5.0):
         p.data.fill_(value)

@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from test_train import clean_state as clean_state
 from test_train import data as data
 from test_train import losses, run, tiny, with_steps
@@ -16,6 +18,7 @@ from test_train import losses, run, tiny, with_steps
 from gpt2_hf import runs
 from gpt2_hf.config import ResumeSection
 from gpt2_hf.data.shards import open_split
+from gpt2_hf.evaluation.evaluate import evaluate_folder
 from gpt2_hf.knobs import ConfigError
 from gpt2_hf.runs import read_rows
 from gpt2_hf.training.distributed import Host
@@ -321,3 +324,33 @@ def test_the_checkpoint_with_the_lowest_validation_loss_stays(begun, tmp_path, k
     keep = dataclasses.replace(begun.checkpoint, keep_last=1, keep_best=keep_best)
     run(dataclasses.replace(with_steps(begun, 8), checkpoint=keep))
     assert checkpoints(tmp_path / "run") == (["step-00000002"] if keep_best else []) + ["step-00000008"]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_final_model_is_the_average_of_the_weights(data, tmp_path, name):
+    """By all weights that the run had; what is measured at the end is of it, and the checkpoint stays as it was."""
+    settings = {"model__vocab_size": None, "optim__name": name, "optim__lr": 1e-2, "optim__ema": 0.6, "train__steps": 6}
+    settings |= {"checkpoint__save_every": 1, "checkpoint__keep_last": 9, "eval__val_every": 6}
+    config = tiny(data, tmp_path / "run", **settings)
+    last = run(config)[-1]
+    saved = [load_file(path / "model.safetensors") for path in sorted((tmp_path / "run/checkpoints").glob("step-*"))]
+    assert len(saved) == 6
+    final = load_file(tmp_path / "run/final/model.safetensors")
+    for key, average in saved[0].items():
+        for weights in saved[1:]:
+            average = 0.6 * average + 0.4 * weights[key]
+        torch.testing.assert_close(final[key], average, rtol=1e-6, atol=1e-8)
+
+    def loss(folder: str) -> float:
+        return evaluate_folder(tmp_path / "run" / folder, n_windows=10, dtype="float32")["val_loss"]
+
+    assert last["val_loss"] == pytest.approx(loss("final"), rel=1e-5)
+    assert last["val_loss_raw"] == pytest.approx(loss("checkpoints/step-00000006"), rel=1e-5)
+    assert last["val_loss"] != last["val_loss_raw"]
+
+    shutil.rmtree(tmp_path / "run/final")
+    for step in (4, 5, 6):
+        shutil.rmtree(tmp_path / f"run/checkpoints/step-{step:08d}")
+    run(config)
+    for key, tensor in load_file(tmp_path / "run/final/model.safetensors").items():
+        assert torch.equal(tensor, final[key])
