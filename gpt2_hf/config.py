@@ -98,7 +98,7 @@ class OptimSection(Knobs):
         eps: AdamW's denominator offset.
         weight_decay: decoupled decay of matrices and embeddings; vectors do not decay.
         max_grad_norm: gradients are scaled down to this global L2 norm.
-        schedule: cosine, or trapezoid (constant, then linear down over the last decay_ratio of the steps).
+        schedule: cosine, linear, or trapezoid (constant, then linear down over the last decay_ratio of the steps).
         warmup_steps: linear rise of the learning rate from step 0.
         decay_ratio: share of the steps in which trapezoid falls.
         min_lr_ratio: floor of the learning rate, as a share of its peak; it stays there after the last step.

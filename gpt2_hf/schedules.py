@@ -18,4 +18,9 @@ def trapezoid(step: int, first: int, last: int, decay_ratio: float) -> float:
     return min(1.0, (last - step) / decay_steps)
 
 
-SCHEDULES = {"cosine": cosine, "trapezoid": trapezoid}
+def linear(step: int, first: int, last: int, decay_ratio: float) -> float:
+    """Straight down."""
+    return (last - step) / (last - first)
+
+
+SCHEDULES = {"cosine": cosine, "trapezoid": trapezoid, "linear": linear}
