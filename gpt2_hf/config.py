@@ -6,13 +6,14 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 
 from .knobs import ConfigError, Filled, Knobs, OneOf, PathName, Range, knob_name
 from .model.configuration_gpt import GPTConfig
-from .schedules import SCHEDULES
+from .schedules import SCHEDULES, in_stages
 
 Count = Annotated[int, Range(1)]
 Interval = Annotated[int, Range(0)]  # in steps; 0 is never
@@ -75,6 +76,9 @@ class DataSection(Knobs):
         path: folder that scripts/prepare_data.py made, or token files of llm.c, build-nanogpt, nanoGPT or datatrove, as
             they are; also in object storage (s3://bucket/folder, or any URL that fsspec knows).
         seq_len: tokens per training sample (T); a window holds one more, the last label.
+        seq_len_ramp: shorter lengths to begin with, from short to long; each must divide seq_len. The order of the data
+            stays the same: a window is cut in pieces of that length, so a step has as many tokens as ever.
+        seq_len_ramp_steps: steps of each of these lengths; then seq_len.
         document_mask: let tokens see only their own document, from position 0, in training and validation.
         verify: read all shards before training and compare them with their checksums.
         cache_dir: where files from object storage are kept (default: gpt2_hf in the Hugging Face cache folder).
@@ -85,10 +89,27 @@ class DataSection(Knobs):
 
     path: Annotated[str, PathName(remote=True)] = "data/fineweb_edu_10bt"
     seq_len: Annotated[int, Range(1, 10**6)] = 1024
+    seq_len_ramp: list[Count] = field(default_factory=list)
+    seq_len_ramp_steps: Interval = 0
     document_mask: bool = False
     verify: bool = False
     cache_dir: Annotated[str, PathName()] | None = None
     cache_gb: Annotated[float, Range(above=0)] = 50.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ramp = self.seq_len_ramp
+        _check_ramp("data.seq_len_ramp", ramp, self.seq_len_ramp_steps, "data.seq_len", self.seq_len)
+        if odd := [length for length in ramp if self.seq_len % length]:
+            raise ConfigError(f"data.seq_len_ramp {odd[0]} does not divide data.seq_len {self.seq_len}: choose others")
+
+    def seq_len_at(self, step: int) -> int:
+        """Tokens per training sample in update ``step``, from 0."""
+        return in_stages(step, self.seq_len_ramp, self.seq_len_ramp_steps, self.seq_len)
+
+    def begins_seq_len(self, step: int) -> bool:
+        """Whether update ``step``, from 0, is the first with samples of its length."""
+        return step == 0 or self.seq_len_at(step) != self.seq_len_at(step - 1)
 
 
 @dataclass(frozen=True)
@@ -121,7 +142,7 @@ class OptimSection(Knobs):
         cautious_decay: decay only weights that the update makes smaller too.
         decay_follows_lr: let weight decay rise and fall as the learning rate does (so their product as its square).
         max_grad_norm: gradients are scaled down to this global L2 norm.
-        schedule: cosine, or trapezoid (constant, then linear down over the last decay_ratio of the steps).
+        schedule: cosine, linear, or trapezoid (constant, then linear down over the last decay_ratio of the steps).
         warmup_steps: linear rise of the learning rate from step 0.
         decay_ratio: share of the steps in which trapezoid falls.
         min_lr_ratio: floor of the learning rate, as a share of its peak; it stays there after the last step.
@@ -408,6 +429,11 @@ class RunConfig(Knobs):
             )
         if self.optim.name == "muon" and not self.optim.weight_decay:
             found.append("optim.weight_decay 0 lets Muon's matrices grow without end; about 0.1 ends lower")
+        if (ramp := len(self.data.seq_len_ramp) * self.data.seq_len_ramp_steps) >= self.train.steps:
+            found.append(
+                f"data.seq_len_ramp takes {ramp} steps, and train.steps is {self.train.steps}: no step has windows of "
+                f"data.seq_len {self.data.seq_len}"
+            )
         save, keep = self.checkpoint.save_every, self.checkpoint.keep_every
         if keep and (not save or keep % save):
             found.append(f"checkpoint.keep_every {keep} is no multiple of checkpoint.save_every {save}: it keeps less")
@@ -418,6 +444,14 @@ class RunConfig(Knobs):
         sections = json.loads(json.dumps(dataclasses.asdict(self)))
         named = {name: {knob_name(key): value for key, value in keys.items()} for name, keys in sections.items()}
         return yaml.safe_dump(named, sort_keys=False)
+
+
+def _check_ramp(name: str, ramp: list[int], steps: int, then_name: str, then: int) -> None:
+    """Refuse stages that do not lead up to the value that comes after them, or have no length. Raises ConfigError."""
+    if ramp and not steps:
+        raise ConfigError(f"{name} needs {name}_steps, the number of steps of each of its {len(ramp)} stages")
+    if any(after <= before for before, after in pairwise([*ramp, then])):
+        raise ConfigError(f"{name} {ramp} must increase, and stay below {then_name} {then}")
 
 
 def flat(text: str) -> dict[str, Any]:

@@ -1,10 +1,12 @@
-"""The learning rate's shape between the warm-up and the end of a run: a function a schedule.
+"""What changes over the steps of a run, as functions of the step alone.
 
-Each takes (step, first, last, decay_ratio) and gives the height above the floor, from 1 down to 0, for
-first <= step < last: ``first`` is where the warm-up ends, ``last`` the number of steps of the run.
+The learning rate's shape between the warm-up and the end of the run is a function a schedule. Each takes
+(step, first, last, decay_ratio) and gives the height above the floor, from 1 down to 0, for first <= step < last:
+``first`` is where the warm-up ends, ``last`` the number of steps of the run.
 """
 
 import math
+from collections.abc import Sequence
 
 
 def cosine(step: int, first: int, last: int, decay_ratio: float) -> float:
@@ -18,4 +20,14 @@ def trapezoid(step: int, first: int, last: int, decay_ratio: float) -> float:
     return min(1.0, (last - step) / decay_steps)
 
 
-SCHEDULES = {"cosine": cosine, "trapezoid": trapezoid}
+def linear(step: int, first: int, last: int, decay_ratio: float) -> float:
+    """Straight down."""
+    return (last - step) / (last - first)
+
+
+SCHEDULES = {"cosine": cosine, "trapezoid": trapezoid, "linear": linear}
+
+
+def in_stages(step: int, first: Sequence[int], steps: int, then: int) -> int:
+    """The value at ``step``, from 0: each of ``first`` for so many ``steps``, and ``then`` after them."""
+    return first[step // steps] if step < len(first) * steps else then

@@ -189,6 +189,8 @@ def test_every_knob_is_used_by_a_recipe_or_has_a_stated_reason():
         "tf32": "exactness",
         "deterministic": "exactness",
         "verify": "reads all data",
+        "seq_len_ramp": "the published recipe has windows of one length",
+        "seq_len_ramp_steps": "the published recipe has windows of one length",
         "cache_dir": "object storage",
         "cache_gb": "object storage",
         "document_mask": "reproductions pack without it",

@@ -73,6 +73,8 @@ OUT_OF_RANGE = [
     ("model.dropout", "1"), ("model.dropout", "-0.1"), ("model.n_layer", "0"), ("model.n_head", "0"),
     ("model.n_embd", "0"), ("model.n_positions", "0"), ("model.vocab_size", "0"), ("model.n_head", "7"),
     ("data.seq_len", "0"), ("data.seq_len", "2048"), ("data.cache_gb", "-1"), ("data.cache_gb", "0"),
+    ("data.seq_len_ramp", "256"), ("data.seq_len_ramp", "0"), ("data.seq_len_ramp", "-8"), ("data.seq_len_ramp", "a,8"),
+    ("data.seq_len_ramp_steps", "-1"),
     ("data.path", ""), ("data.path", " "), ("data.path", "null"), ("data.path", "$NOT_SET/x"),
     ("data.cache_dir", ""), ("data.cache_dir", "s3://bucket/x"), ("data.cache_dir", "~nobody_here/x"),
     ("optim.lr", "0"), ("optim.lr", "-1e-3"), ("optim.muon_lr", "0"), ("optim.muon_lr", "-1"),

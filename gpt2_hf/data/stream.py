@@ -227,6 +227,15 @@ class TokenStream:
         return _Documents(tokens, new_ends, ends[order] - new_ends)
 
 
+def cut(windows: torch.Tensor, length: int) -> torch.Tensor:
+    """Windows in pieces of ``length`` tokens and a label more, (B, T + 1) -> (B T / length, length + 1).
+
+    Neighbours share a token, the last label of one and the first input of the next, as windows do: each token is a
+    target as often as before. ``length`` must divide T.
+    """
+    return windows.unfold(1, length + 1, length).flatten(0, 1)
+
+
 class StepLoader(Iterator[torch.Tensor]):
     """The batches of one rank for the steps start_step ... stop_step - 1, read ahead by a thread.
 

@@ -259,6 +259,9 @@ def build_model(
             hardware.keep_kernels_apart()
         if config.train.gradient_checkpointing and config.model.dropout:
             hardware.share_the_seeded_generator()
+        # Each length is a graph of its own; the default leaves room for those of one length.
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * (1 + len(config.data.seq_len_ramp)))
         for block in model.transformer.h:
             block.compile(dynamic=False)
         LossKernels.compile(dynamic=False)
@@ -272,12 +275,16 @@ def build_model(
 
 def build_throughput(config: RunConfig, accelerator: Accelerator, model: GPTForCausalLM, precision: str) -> Throughput:
     peak, source = hardware.peak_flops(accelerator.device, DTYPES[precision])
-    flops = flops_per_token(model.num_parameters(), model.config, config.data.seq_len)
+
+    def flops(step: int) -> int:
+        return flops_per_token(model.num_parameters(), model.config, config.data.seq_len_at(step))
+
     accelerator.print(
-        f"MFU is against {peak / 1e12:.3g} TFLOP/s a device ({source}), {flops / 1e6:,.0f} MFLOPs a token"
+        f"MFU is against {peak / 1e12:.3g} TFLOP/s a device ({source}), "
+        f"{flops(config.train.steps) / 1e6:,.0f} MFLOPs a token"
     )
     settle = torch.cuda.synchronize if accelerator.device.type == "cuda" else None
-    return Throughput(config.train.global_batch_tokens, accelerator.num_processes * peak / flops, settle)
+    return Throughput(config.train.global_batch_tokens, flops, accelerator.num_processes * peak, settle)
 
 
 def open_log(
@@ -306,6 +313,11 @@ def open_log(
         f"{config.train.micro_batch_size} x {config.data.seq_len} x {accelerator.num_processes} processes x "
         f"{config.grad_accum_steps(accelerator.num_processes)} accumulated; {steps * batch / data.n_tokens:.2f} epochs"
     )
+    if lengths := config.data.seq_len_ramp:
+        accelerator.print(
+            f"the first {config.data.seq_len_ramp_steps:,} steps are of windows of {lengths[0]} tokens"
+            + "".join(f", as many of {length}" for length in lengths[1:])
+        )
     is_owed = start.owed is not None
     log = RunLog(run_dir, start.step, steps, batch, accelerator.is_main_process, trackers, drops_start=is_owed)
     if start.rewind and start.rewind.step == start.step:

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..config import RunConfig
 from ..data.documents import DocumentMask, dense_mask
 from ..data.shards import ShardSet
-from ..data.stream import TokenStream
+from ..data.stream import TokenStream, cut
 from ..knobs import ConfigError
 from ..model import GPTForCausalLM
 from ..model.loss import IGNORE, LossKernels, exponentiate
@@ -101,6 +101,8 @@ class KernelCheck:
         first = start.data_offset + start.step * (config.train.global_batch_tokens // seq_len)
         stream = TokenStream(data, seq_len, config.train.seed)
         windows = torch.from_numpy(stream.batch(first, size).astype(np.int64))
+        seq_len = config.data.seq_len_at(start.step)
+        windows = cut(windows, seq_len)
         n_tokens = TOKENS.get(accelerator.device.type, TOKENS["other"])
         self.n_windows = max(1, min(size, WINDOWS, n_tokens // seq_len))
         self.n_positions = min(seq_len, n_tokens)  # what comes later has no part in the loss of these

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from ..config import RunConfig
 from ..data.documents import DocumentMask
+from ..data.stream import cut
 from .build import Parts, build
 from .checkpoint import save, save_final
 from .distributed import Host, clip, exchange
@@ -147,6 +148,8 @@ def loop(config: RunConfig, parts: Parts) -> None:
             loss, grad_norm = train_step(
                 parts.accelerator, parts.model, parts.optimizers, batch, step - 1, config, parts.documents, safe_point
             )
+            if step == first + 1 or config.data.begins_seq_len(step - 1):
+                throughput.restart(step)  # what took time here was compilation
             watch.note(loss, grad_norm)
             parts.track.note(batch)
             folder.step = step
@@ -174,8 +177,8 @@ def loop(config: RunConfig, parts: Parts) -> None:
             log.write(step, row)
             if saving:
                 save(parts, step)
-            if saving or measuring or step == first + 1:
-                throughput.restart(step)  # what took time here was not training, or was compilation
+            if saving or measuring:
+                throughput.restart(step)  # what took time here was not training
             safe_point()
         parts.stop.last_step_made()
 
@@ -201,6 +204,8 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """One update from this rank's share of the global batch; returns its mean loss and the gradient's global norm.
 
+    Where ``data.seq_len_ramp`` has shorter windows for this step, those of the batch are cut in as many as they make.
+
     The loss of each micro-batch is divided by the tokens of the rank's whole share, so gradients add up to that of
     the mean whatever the number of micro-batches. Ranks exchange gradients once, in the last micro-step. Where one of
     these is not finite, the update is skipped, on all ranks alike, and the norm is not finite either. ``safe_point``
@@ -208,13 +213,14 @@ def train_step(
     """
     n_micro_steps, micro_batch_size, _ = batch.shape
     first_sample = (step * accelerator.num_processes + accelerator.process_index) * n_micro_steps * micro_batch_size
+    seq_len = config.data.seq_len_at(step)
     total = torch.zeros((), device=accelerator.device)
     for micro_step, on_host in enumerate(batch):
         if micro_step:
             safe_point()
-        windows = on_host.to(accelerator.device, non_blocking=True)
+        windows = cut(on_host.to(accelerator.device, non_blocking=True), seq_len)
         input_ids, labels = windows[:, :-1], windows[:, 1:]
-        apart = documents(input_ids, on_host[:, :-1]) if documents else {}
+        apart = documents(input_ids, cut(on_host, seq_len)[:, :-1]) if documents else {}
         if config.model.dropout:
             seed_dropout(config.train.seed, step, first_sample + micro_step * micro_batch_size)
         is_last = micro_step == n_micro_steps - 1

@@ -47,14 +47,22 @@ class Throughput:
 
     Args:
         tokens_per_step: over all processes.
-        peak_tokens_per_sec: what all processes' devices would do at their peak FLOP/s. A rate above it, which a peak
-            measured in a bad moment allows, takes its place: no machine does more than it can.
+        flops_per_token: in the step after so many, from which on all up to the next restart are alike.
+        peak: of all processes' devices, in FLOP/s. A rate above it, which a peak measured in a bad moment allows, takes
+            its place: no machine does more than it can.
         settle: waits for a device that works on while the host goes ahead.
     """
 
-    def __init__(self, tokens_per_step: int, peak_tokens_per_sec: float, settle: Callable[[], None] | None = None):
+    def __init__(
+        self,
+        tokens_per_step: int,
+        flops_per_token: Callable[[int], float],
+        peak: float,
+        settle: Callable[[], None] | None = None,
+    ):
         self.tokens_per_step = tokens_per_step
-        self.peak_tokens_per_sec = peak_tokens_per_sec
+        self.flops_per_token = flops_per_token
+        self.peak = peak
         self._settle = settle
         self._since: tuple[int, float] | None = None
 
@@ -69,8 +77,9 @@ class Throughput:
         row = {}
         if self._since and step > self._since[0]:
             rate = (step - self._since[0]) * self.tokens_per_step / (time.perf_counter() - self._since[1])
-            self.peak_tokens_per_sec = max(self.peak_tokens_per_sec, rate)
-            row = {"tokens_per_sec": round(rate, 1), "mfu": round(rate / self.peak_tokens_per_sec, 4)}
+            flops = rate * self.flops_per_token(self._since[0])
+            self.peak = max(self.peak, flops)
+            row = {"tokens_per_sec": round(rate, 1), "mfu": round(flops / self.peak, 4)}
         self._since = (step, time.perf_counter())
         return row
 

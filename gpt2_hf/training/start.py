@@ -32,6 +32,15 @@ RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 # With another one of these the weights or the optimizers' state would not load.
 UNFORCEABLE = {"model.n_layer", "model.n_embd", "model.n_positions", "model.vocab_size", "optim.name"}
 
+# What older checkpoints don't name, as their runs had it.
+NOT_NAMED = {
+    "data.document_mask": False,
+    "data.seq_len_ramp": [],
+    "data.seq_len_ramp_steps": 0,
+    "model.init_from": None,
+    "model.zero_init": False,
+}
+
 
 @dataclass(frozen=True)
 class Data:
@@ -129,6 +138,8 @@ def identity(config: RunConfig, data: ShardSet) -> dict[str, Any]:
         **{f"model.{name}": getattr(config.model.gpt_config(), name) for name in SHAPE},
         "data": data.fingerprint,
         "data.seq_len": config.data.seq_len,
+        "data.seq_len_ramp": config.data.seq_len_ramp,
+        "data.seq_len_ramp_steps": config.data.seq_len_ramp_steps,
         "data.document_mask": config.data.document_mask,
         "train.seed": config.train.seed,
         "train.global_batch_tokens": config.train.global_batch_tokens,
@@ -296,11 +307,7 @@ def _check(config: RunConfig, data: ShardSet, found: Path, rewind: Rewind | None
 
 def _refuse_other(config: RunConfig, data: ShardSet, saved: dict[str, Any], place: str) -> None:
     """Raise ConfigError when a checkpoint's state is that of another run, naming all that differs and is not forced."""
-    saved = {
-        "data.document_mask": False,
-        "model.init_from": None,
-        "model.zero_init": False,
-    } | saved  # older checkpoints don't name these
+    saved = NOT_NAMED | saved
     now = identity(config, data)
     if unknown := set(config.resume.force) - now.keys():
         raise ConfigError(f"resume.force: {', '.join(sorted(unknown))} is not among {', '.join(now)}")

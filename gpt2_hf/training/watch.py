@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from ..config import RunConfig
 from ..data.documents import DocumentMask
+from ..data.stream import cut
 from ..knobs import ConfigError
 from ..model import GPTForCausalLM
 from ..program import UserError
@@ -136,6 +137,8 @@ class Watch:
     def _judge(self, step: int, loss: float, norm: float) -> None:
         self._last = loss, norm
         past = self.past
+        if self.config.data.begins_seq_len(step - 1):
+            past.losses.clear()  # at positions that the model has not seen yet, losses are higher
         if not math.isfinite(norm):  # nor is the loss, or it is no matter
             self._counts["skipped_steps"] += 1
             past.n_skipped += 1
@@ -186,7 +189,7 @@ class Watch:
             raise Diverged(f"the weights or the optimizer's state are not finite after step {step}", first)
         if batch is None:
             return not self.past.n_bad
-        on_host = batch[0, :TRIAL_WINDOWS]
+        on_host = cut(batch[0, :TRIAL_WINDOWS], self.config.data.seq_len_at(step - 1))  # as it was trained on
         windows = on_host.to(self.accelerator.device)
         input_ids, labels = windows[:, :-1], windows[:, 1:]
         apart = documents(input_ids, on_host[:, :-1]) if documents else {}
@@ -198,7 +201,7 @@ class Watch:
         self.model.train()
         value = float(self.accelerator.reduce(loss, "mean"))
         n_windows = self.config.train.global_batch_tokens / self.config.data.seq_len
-        n_fewer = max(1.0, n_windows / (len(windows) * self.accelerator.num_processes))
+        n_fewer = max(1.0, n_windows / (min(TRIAL_WINDOWS, batch.shape[1]) * self.accelerator.num_processes))
         is_doubtful = value > self.past.above(FAR_OFF, n_fewer)
         is_last = step == self.config.train.steps
         if not value <= self.limit or (is_doubtful and is_last):

@@ -17,7 +17,7 @@ from test_train import clean_state as clean_state
 from test_train import data as data
 from test_watch import folders, large_weights
 
-from gpt2_hf.config import RunConfig
+from gpt2_hf.config import DataSection, RunConfig, TrainSection
 from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.stream import StepLoader, TokenStream
 from gpt2_hf.knobs import ConfigError
@@ -299,11 +299,12 @@ def test_the_loader_reads_from_its_offset(data):
         assert torch.equal(found, torch.stack([torch.from_numpy(part) for part in expected]))
 
 
-def watch(scaler: object = None, **train) -> Watch:
+def watch(scaler: object = None, data: dict | None = None, **train) -> Watch:
     train = {"max_bad_steps": 10, "steps": 1000, **train}
     accelerator = SimpleNamespace(scaler=scaler, reduce=lambda tensor, how: tensor, num_processes=1)
     model = SimpleNamespace(config=SimpleNamespace(vocab_size=1000))
-    return Watch(SimpleNamespace(train=SimpleNamespace(**train)), accelerator, model)
+    config = RunConfig(data=DataSection(**(data or {})), train=TrainSection(**train))
+    return Watch(config, accelerator, model)
 
 
 def feed(watch: Watch, values: list[float], first: int = 1) -> dict:

@@ -23,6 +23,15 @@ def test_trapezoid_at_its_knots():
     )
 
 
+def test_linear_at_its_knots():
+    config = OptimSection(schedule="linear", warmup_steps=10, min_lr_ratio=0.0)
+    assert [lr_at(step, 100, config) for step in (0, 9, 10, 55, 99, 100, 200)] == pytest.approx(
+        [0.1, 1, 1, 0.5, 1 / 90, 0, 0]
+    )
+    to_a_floor = dataclasses.replace(config, min_lr_ratio=0.2)
+    assert [lr_at(step, 100, to_a_floor) for step in (10, 55, 100, 200)] == pytest.approx([1, 0.6, 0.2, 0.2])
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_rise_then_never_rise_again(schedule):
     config = OptimSection(schedule=schedule, warmup_steps=7)

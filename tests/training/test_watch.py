@@ -138,6 +138,8 @@ IDENTITY = {
     "model.n_positions": 65,
     "model.vocab_size": 252,
     "data.seq_len": 16,
+    "data.seq_len_ramp": [16],
+    "data.seq_len_ramp_steps": 3,
     "data.document_mask": True,
     "model.init_from": "another",
     "model.zero_init": True,
@@ -242,7 +244,8 @@ def test_what_a_run_is_cannot_change(data, name):
     from gpt2_hf.data.shards import open_split
 
     def of(**changes):
-        return identity(tiny(data, data, **changes), open_split(data, "train"))
+        needed = {f"{key}_steps": 2 for key in changes if key.endswith("_ramp")}
+        return identity(tiny(data, data, **needed, **changes), open_split(data, "train"))
 
     if name == "model.preset":
         default = dict.fromkeys(("model__n_layer", "model__n_head", "model__n_embd", "model__n_positions"))

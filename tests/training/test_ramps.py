@@ -1,0 +1,193 @@
+"""What grows over a run: each step is a function of its number, and no token is lost or comes twice."""
+
+import dataclasses
+from itertools import pairwise
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from test_rewind import feed, noise, watch
+from test_train import clean_state as clean_state
+from test_train import data as data
+from test_train import losses, run, tiny, with_steps
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM
+
+from gpt2_hf.config import DataSection, RunConfig
+from gpt2_hf.data.stream import cut
+from gpt2_hf.knobs import ConfigError
+from gpt2_hf.model import GPTForCausalLM
+from gpt2_hf.training import checkpoint
+from gpt2_hf.training import loop as training
+from gpt2_hf.training.build import Parts, build_model
+from gpt2_hf.training.loop import train, train_step
+from gpt2_hf.training.measures import build_document_mask
+
+LENGTHS = {"data__seq_len_ramp": [8, 16], "data__seq_len_ramp_steps": 3}
+
+
+def numbered(n: int, seq_len: int) -> torch.Tensor:
+    """Windows of a text whose tokens are their own places."""
+    return torch.stack([torch.arange(k * seq_len, (k + 1) * seq_len + 1) for k in range(n)])
+
+
+@pytest.mark.parametrize("length", [1, 4, 12])
+def test_pieces_have_each_token_as_a_target_once(length):
+    pieces = cut(numbered(5, 12), length)
+    assert pieces.shape == (5 * 12 // length, length + 1)
+    assert pieces[:, 1:].flatten().tolist() == list(range(1, 61))
+    assert all(b - a == 1 for row in pieces.tolist() for a, b in pairwise(row))
+
+
+def test_lengths_at_their_knots():
+    data = DataSection(seq_len=64, seq_len_ramp=[8, 32], seq_len_ramp_steps=5)
+    assert [data.seq_len_at(step) for step in (0, 4, 5, 9, 10, 10**9)] == [8, 8, 32, 32, 64, 64]
+    assert [step for step in range(100) if data.begins_seq_len(step)] == [0, 5, 10]
+    assert [step for step in range(100) if DataSection().begins_seq_len(step)] == [0]
+
+
+@pytest.mark.parametrize(
+    ("ramp", "steps", "words"),
+    [
+        ([48], 5, "data.seq_len_ramp 48 does not divide data.seq_len 64"),
+        ([16, 8], 5, r"data.seq_len_ramp \[16, 8\] must increase"),
+        ([16, 16], 5, "must increase"),
+        ([64], 5, "stay below data.seq_len 64"),
+        ([16], 0, "data.seq_len_ramp needs data.seq_len_ramp_steps"),
+    ],
+)
+def test_lengths_that_cannot_be(ramp, steps, words):
+    with pytest.raises(ConfigError, match=words):
+        DataSection(seq_len=64, seq_len_ramp=ramp, seq_len_ramp_steps=steps)
+
+
+def test_a_ramp_beyond_the_last_step_is_remarked_on(data):
+    assert not RunConfig().remarks()
+    config = tiny(data, data, **LENGTHS, train__steps=6, optim__warmup_steps=1)
+    assert [line for line in config.remarks() if "data.seq_len_ramp takes 6 steps, and train.steps is 6" in line]
+    assert not with_steps(config, 7).remarks()
+
+
+def gradients(config: RunConfig, batch: torch.Tensor, step: int, eot: int = 250) -> tuple[float, dict, GPTForCausalLM]:
+    """Loss and gradients of an update, and the model, a new one."""
+    accelerator = Accelerator(cpu=True)
+    model = build_model(config, None, accelerator, "fp64")
+    split = type("Split", (), {"eot": eot, "eot_first": False})
+    documents = build_document_mask(config, split, model, torch.float64)
+    loss, _ = train_step(accelerator, model, [], batch, step, config, documents)
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}, model
+
+
+def text(n_micro_steps: int = 2, n: int = 4, seq_len: int = 32) -> torch.Tensor:
+    return torch.randint(0, 251, (n_micro_steps, n, seq_len + 1), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(("step", "length"), [(0, 8), (2, 8), (3, 16), (5, 16), (6, 32)])
+def test_a_step_is_that_of_stock_gpt2_on_the_pieces(data, tmp_path, step, length):
+    config = tiny(data, tmp_path, **LENGTHS, train__precision="fp64", optim__max_grad_norm=1e9)
+    batch = text()
+    loss, found, model = gradients(config, batch, step)
+    model.save_pretrained(tmp_path / "model")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)
+    pieces = [row[i : i + length + 1] for row in batch.flatten(0, 1) for i in range(0, 32, length)]
+    each = []
+    for piece in pieces:
+        logits = stock(piece[None, :-1]).logits[0]
+        each.append(torch.nn.functional.cross_entropy(logits, piece[1:]))
+    expected = torch.stack(each).mean()
+    expected.backward()
+    assert type(stock).__name__ == "GPT2LMHeadModel" and loss == pytest.approx(expected.item(), rel=1e-12)
+    for name, p in stock.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_documents_are_kept_apart_in_pieces(data, tmp_path, attention):
+    """As by the definition: each document of each piece alone."""
+    config = tiny(data, tmp_path, **LENGTHS, data__document_mask=True, optim__max_grad_norm=1e9)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attn_implementation=attention))
+    batch = torch.where(text() < 60, 250, text())
+    loss, _, model = gradients(config, batch, 0)
+    total, n = 0.0, 0
+    with torch.no_grad():
+        for piece in cut(batch.flatten(0, 1), 8).tolist():
+            starts = [0, *(i + 1 for i, token in enumerate(piece[:-2]) if token == 250), 8]
+            for a, b in pairwise(starts):
+                logits = model(torch.tensor([piece[a:b]])).logits[0]
+                total += torch.nn.functional.cross_entropy(logits, torch.tensor(piece[a + 1 : b + 1])).item() * (b - a)
+                n += b - a
+    assert n == batch[..., 1:].numel() and loss == pytest.approx(total / n, rel=1e-6)
+
+
+def test_each_length_is_compiled_once(data, tmp_path, monkeypatch):
+    """Also of more lengths than the compiler would take by itself; nothing falls back to plain code."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend="eager", **options))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, **options)),
+    )
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    torch._dynamo.reset()
+    counters.clear()
+    ramp = [1, 2, 3, 4, 5, 6, 10, 12, 15, 20]
+    config = tiny(data, tmp_path, model__n_layer=1, data__seq_len=60, data__seq_len_ramp=ramp,
+                  data__seq_len_ramp_steps=1, train__compile="on")  # fmt: skip
+    accelerator = Accelerator(cpu=True)
+    model = build_model(config, None, accelerator, "fp32")
+    graphs = []
+    for step in range(len(ramp) + 3):
+        train_step(accelerator, model, [], text(seq_len=60), step, config)
+        graphs.append(counters["stats"]["unique_graphs"])
+    # A block and, once, the loss's kernel, which sees tokens in a row.
+    assert graphs == [2 + min(step, len(ramp)) for step in range(len(ramp) + 3)]
+    torch._dynamo.reset()
+
+
+def test_a_run_resumed_in_any_stage_equals_one_that_ran_through(data, tmp_path):
+    config = tiny(data, tmp_path / "a", **LENGTHS, model__dropout=0.1, train__steps=9, checkpoint__save_every=100)
+    straight = run(config)
+    assert len(losses(straight)) == 9 and [row["tokens_seen"] for row in straight if "train_loss" in row][-1] == 9 * 512
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(tmp_path / "b")))
+    for stop in (1, 3, 5, 6):  # within stages, and at their ends
+        run_up_to(config, stop)
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len_ramp=[16]))
+    with pytest.raises(ConfigError, match=r"another data.seq_len_ramp \(\[8, 16\], now \[16\]\).*--resume.force"):
+        train(other)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert losses(run(config)) == losses(straight)
+
+
+class Killed(Exception):
+    pass
+
+
+def run_up_to(config: RunConfig, step: int) -> None:
+    """Go on until the checkpoint of ``step`` is there, and then as if killed."""
+
+    def save_and_die(parts: Parts, at: int) -> None:
+        checkpoint.save(parts, at)
+        parts.saver.wait()
+        raise Killed
+
+    saving = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, save_every=step))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(training, "save", save_and_die)
+        train(saving)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_higher_loss_of_longer_windows_is_no_spike():
+    ramp = {"seq_len": 64, "seq_len_ramp": [32], "seq_len_ramp_steps": 50}
+    for settings, spikes in (({}, 10), (ramp, 0)):
+        seen = watch(data=settings, max_bad_steps=100)
+        feed(seen, noise(50))
+        assert feed(seen, [5.0] * 10, 51).get("loss_spikes", 0) == spikes
+
+
+def test_speed_is_that_of_one_length(data, tmp_path):
+    rows = run(tiny(data, tmp_path / "run", **LENGTHS, train__steps=9))
+    assert [row["step"] for row in rows if "tokens_per_sec" in row] == [2, 3, 5, 6, 8, 9]
