@@ -349,6 +349,9 @@ def load_trainer_state(folder: Path, model: nn.Module, optimizers: Sequence[Opti
     reader = dcp.FileSystemReader(folder / TRAINER_STATE)
     saved: Any = reader.read_metadata().state_dict_metadata
     owners = _owners(optimizers)
+    for optimizer in optimizers:
+        if isinstance(optimizer, WeightAverage):
+            optimizer.state.clear()  # the checkpoint may be from before there was one
     wanted = {}
     for name, p in model.named_parameters():
         for key in [full.removeprefix(f"{name}.") for full in saved if full.rpartition(".")[0] == name]:

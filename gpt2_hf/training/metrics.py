@@ -151,7 +151,10 @@ class RunLog:
         if "skipped_steps" in row:
             self.say(f"step {step}: {row['skipped_steps']} updates skipped, as loss or gradients were not finite")
         if "val_loss" in row:
-            self.say(f"step {step}: validation loss {row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte")
+            of_last = (
+                f" (the weights' average; the last weights {row['val_loss_raw']:.4f})" if "val_loss_raw" in row else ""
+            )
+            self.say(f"step {step}: validation loss {row['val_loss']:.4f}, {row['val_bpb']:.4f} bits per byte{of_last}")
         if "hellaswag_items" in row:
             self.say(
                 f"step {step}: HellaSwag {row['hellaswag_lecture_acc']:.1%} +- {row['hellaswag_stderr']:.1%} on "

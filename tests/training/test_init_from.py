@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import write_shards
 from safetensors.torch import load_file
 from test_train import clean_state as clean_state
@@ -19,6 +20,7 @@ from gpt2_hf.config import RunConfig
 from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.tokenizer import load_tokenizer
 from gpt2_hf.knobs import ConfigError
+from gpt2_hf.training.build import build_accelerator, build_model
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64}
 
@@ -141,3 +143,19 @@ def test_the_short_name():
     )
     assert short == long
     assert short.model.init_from == "openai-community/gpt2"
+
+
+def test_with_zero_init_blocks_begin_as_the_identity(data, tmp_path):
+    def begin(zero_init: bool):
+        config = tiny(data, tmp_path / "run", model__zero_init=zero_init)
+        PartialState(cpu=True)
+        return build_model(config, None, build_accelerator(config, "fp32"), "fp32")
+
+    plain, zeroed = begin(False), begin(True)
+    for (name, a), (_, b) in zip(plain.named_parameters(), zeroed.named_parameters(), strict=True):
+        assert torch.equal(b, torch.zeros_like(b) if name.endswith("c_proj.weight") else a), name
+    zeroed.save_pretrained(tmp_path / "zeroed")
+    stock = GPT2LMHeadModel.from_pretrained(tmp_path / "zeroed")
+    first, *others = stock(torch.arange(32)[None], output_hidden_states=True).hidden_states
+    norm = stock.transformer.ln_f
+    assert all(torch.equal(other, first) or torch.equal(other, norm(first)) for other in others)
