@@ -1,8 +1,9 @@
 """Race our training step against other GPT-2s on this machine, in turns: python scripts/benchmark.py --shape 4x256
 
 --ladder climbs the lecture's steps instead, from fp32 to ours. --what says what else to measure: whether data and
-logging keep up (loop), how long the demo's start takes (start), what other programs on the CPUs cost (busy), whether
-the loss falls as in the plain loop (curve), HellaSwag against lm-evaluation-harness (hellaswag).
+logging keep up (loop), what optimizers cost (update), how long the demo's start takes (start), what other programs on
+the CPUs cost (busy), whether the loss falls as in the plain loop (curve), HellaSwag against lm-evaluation-harness
+(hellaswag).
 
 A step is waited for, and is one micro-batch. Training pays for its optimizer more seldom: with --grad_accum_steps 8, as
 often as the 124M recipe does on one GPU.
@@ -23,7 +24,8 @@ def main() -> None:
     parser = Arguments(__doc__)
     parser.add_argument("--shape", choices=["demo", "4x256", "124M"], default="4x256")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--what", choices=["step", "loop", "start", "busy", "curve", "hellaswag"], default="step")
+    kinds = ["step", "loop", "update", "start", "busy", "curve", "hellaswag"]
+    parser.add_argument("--what", choices=kinds, default="step")
     parser.add_argument("--ladder", action="store_true", help="the lecture's ladder instead of the peers")
     parser.add_argument("--peer", action="append", default=[], help="PATH:CLASS of a nanoGPT-style model; may repeat")
     parser.add_argument("--only", action="append", default=[], help="only rows with this in their name; may repeat")
@@ -39,6 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     from gpt2_hf import hardware
     from gpt2_hf.benchmark.run import compare_curves, race_busy, race_loop, race_scoring, race_start, race_steps
+    from gpt2_hf.benchmark.update import race_updates
     from gpt2_hf.benchmark.variants import shape_of
 
     device = hardware.pick_device(args.device)
@@ -52,6 +55,8 @@ def main() -> None:
         text = race_steps(shape, device, args.rounds, args.seconds, Path(args.out), args.peer, args.only, args.ladder)
     elif args.what == "loop":
         text = race_loop(shape, device, args.rounds)
+    elif args.what == "update":
+        text = race_updates(shape, device, args.rounds)
     elif args.what == "start":
         text = race_start(args.rounds)
     elif args.what == "busy":

@@ -1,5 +1,6 @@
 """The benchmark measures what it says: the same training in every variant, and honest arithmetic on the times."""
 
+import itertools
 import json
 import os
 import re
@@ -9,7 +10,6 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from gpt2_hf import hardware
-from gpt2_hf.benchmark import processes, results, run, speed, variants
+from gpt2_hf.benchmark import processes, results, run, speed, update, variants
 from gpt2_hf.benchmark.breakdown import profile_step
 from gpt2_hf.benchmark.limits import floor_seconds, measure_limits
 from gpt2_hf.benchmark.processes import RaceError
@@ -274,6 +274,25 @@ def test_share_of_the_loop(benchmark):
     assert "of the loop's time is computing" in printed
 
 
+def test_what_updates_cost(benchmark, monkeypatch):
+    """With a clock by which each update takes as long as was made up, and a step ten times that of AdamW."""
+    made_up = {"AdamW": 2.0, "Muon": 3.0}
+    monkeypatch.setattr(update, "KINDS", {name: update.KINDS[name] for name in made_up})
+    times = itertools.cycle([*made_up.values(), 20.0])
+    act_for_real = update._timed
+
+    def timed(act, device):
+        act_for_real(act, device)
+        return next(times)
+
+    monkeypatch.setattr(update, "_timed", timed)
+    *_, head, a, b = benchmark("--what=update").splitlines()
+    passes, rows = (20 - 2) * 524_288 / (TINY.tokens / TINY.grad_accum_steps), (a, b)
+    assert head.split()[:2] == ["update", "of"]
+    for row, (name, took) in zip(rows, made_up.items(), strict=True):
+        assert row.split() == [name, f"{1000 * took:,.1f}", f"{took / (passes + took):.2%}"]
+
+
 def test_beside_other_programs(benchmark, stand_in, monkeypatch):
     monkeypatch.setattr(hardware, "usable_cpus", lambda: 2)
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # which is not OpenMP's default
@@ -401,6 +420,6 @@ def runs(status: Path) -> bool:
 def test_ladder_adds_one_thing_a_step(device):
     steps = variants.ladder(device, bf16=True)
     assert ("+ TF32" in [step.label for step in steps]) == (device == "cuda")
-    for before, after in pairwise(steps[:-1]):
+    for before, after in itertools.pairwise(steps[:-1]):
         assert sum(getattr(before, name) != getattr(after, name) for name in vars(after) if name != "label") == 1
     assert steps[-1] == OURS
