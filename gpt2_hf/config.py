@@ -79,6 +79,8 @@ class DataSection(Knobs):
         seq_len_ramp: shorter lengths to begin with, from short to long; each must divide seq_len. The order of the data
             stays the same: a window is cut in pieces of that length, so a step has as many tokens as ever.
         seq_len_ramp_steps: steps of each of these lengths; then seq_len.
+        document_starts: let training's windows begin where documents do, not one where the last ended; documents that
+            are shorter than seq_len then come more than once an epoch, as what follows another.
         document_mask: let tokens see only their own document, from position 0, in training and validation.
         verify: read all shards before training and compare them with their checksums.
         cache_dir: where files from object storage are kept (default: gpt2_hf in the Hugging Face cache folder).
@@ -91,6 +93,7 @@ class DataSection(Knobs):
     seq_len: Annotated[int, Range(1, 10**6)] = 1024
     seq_len_ramp: list[Count] = field(default_factory=list)
     seq_len_ramp_steps: Interval = 0
+    document_starts: bool = False
     document_mask: bool = False
     verify: bool = False
     cache_dir: Annotated[str, PathName()] | None = None

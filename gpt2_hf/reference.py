@@ -35,8 +35,8 @@ CURVES = Path(__file__).parent / "assets" / "reference"
 FIGURES = ("val_loss", "train_loss")
 # Without these equal, losses cannot be compared: another model, or another task.
 SAME = ("n_layer", "n_embd", "n_head", "vocab_size")
-# With these a loss is of another task for a while, or a step of another size.
-RAMPS = ("data.seq_len_ramp",)
+# So must these be, which older recipes don't name.
+LATER: dict[str, Any] = {"data.seq_len_ramp": [], "data.document_starts": False}
 # Steps over which a training loss is averaged: that of one batch says little.
 WINDOW = 50
 # A run on track may be so much of its steps ahead of the reference, or behind: rates are never quite alike.
@@ -169,8 +169,8 @@ def _incomparable(config: RunConfig, recipe: Mapping[str, Any]) -> str | None:
     for name in ("data.seq_len", "data.document_mask", "model.dropout"):
         if name in recipe and ours[name] != recipe[name]:
             return f"{name} ({recipe[name]}, here {ours[name]})"
-    for name in RAMPS:
-        if ours[name] != (theirs := recipe.get(name, [])):
+    for name, default in LATER.items():
+        if ours[name] != (theirs := recipe.get(name, default)):
             return f"{name} ({theirs}, here {ours[name]})"
     return None
 

@@ -193,6 +193,7 @@ def test_every_knob_is_used_by_a_recipe_or_has_a_stated_reason():
         "seq_len_ramp_steps": "the published recipe has windows of one length",
         "cache_dir": "object storage",
         "cache_gb": "object storage",
+        "document_starts": "reproductions cut windows anywhere",
         "document_mask": "reproductions pack without it",
         "overfit_batch": "debugging",
         "timeout_s": "networks and disks",

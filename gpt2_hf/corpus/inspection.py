@@ -18,7 +18,7 @@ from ..config import RunConfig
 from ..data.folder import Folder, LocalFolder
 from ..data.remote import open_folder
 from ..data.shards import ShardError, ShardSet, open_split
-from ..data.stream import StepLoader, TokenStream
+from ..data.stream import StepLoader, training_stream
 from ..data.tokenizer import VOCAB_SIZE, token_byte_lengths
 from ..knobs import Range, checked
 from .copies import Repeats, exact_copies, near_copies
@@ -151,8 +151,9 @@ def first_batch(recipe: RunConfig, data: ShardSet) -> FirstBatch:
     recipe.grad_accum_steps(1)  # raises ConfigError for a batch that does not divide
     # Without names there is nothing to fetch ahead: the next group of shards will not be read.
     data = replace(data, shards=tuple(replace(shard, sha256={}) for shard in data.shards))
+    stream = training_stream(recipe, data)
     with StepLoader(
-        TokenStream(data, seq_len, train.seed),
+        stream,
         start_step=0,
         stop_step=1,
         global_batch_size=train.global_batch_tokens // seq_len,
@@ -167,7 +168,7 @@ def first_batch(recipe: RunConfig, data: ShardSet) -> FirstBatch:
         seq_len=inputs.shape[2],
         seed=train.seed,
         steps=train.steps,
-        epochs=train.steps * train.global_batch_tokens / data.n_tokens,
+        epochs=train.steps * train.global_batch_tokens / stream.tokens_an_epoch,
         eot=data.eot,
         boundaries=int(is_eot.sum()),
         unbroken=float((~is_eot.any(-1)).mean()),

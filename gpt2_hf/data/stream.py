@@ -19,6 +19,12 @@ Why groups: neighbouring windows come from one shard, and files tend to differ (
 one shard leaves that order visible in the loss; shuffling across 8 hides it, and only 8 shards' document tables are
 in memory. A large file counts as several shards of about 100M tokens, cut between documents, which bounds the tables.
 
+With document_starts, windows begin where documents do: a document of L tokens, its <|endoftext|> among them, has
+max(1, L / T to the nearest whole number, halves up) windows, which begin T tokens apart from its first. A window that
+reaches the document's end reads on as ever, and at the end of the epoch's stream from its beginning. So there are as
+many windows in each epoch, whatever the order. Of a document a little longer than k T tokens the rest, less than half a
+window, is read only by chance; where documents are shorter than T, an epoch reads tokens more than once.
+
 Global sample g, counted from the start of the run, is window g % n_windows of epoch g // n_windows. Step s takes
 samples sG ... (s + 1)G - 1 for a global batch of G, across the end of an epoch if need be, and each rank takes its own
 slice of those: no sample depends on how many ranks there are. A run that has passed over data, because it diverged
@@ -41,6 +47,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from ..config import RunConfig
 from .shards import Shard, ShardError, ShardSet, outside_vocabulary
 
 # What a permutation is for. The numbers are part of the order: never change them.
@@ -91,6 +98,7 @@ class _Documents:
     tokens: np.ndarray  # the whole shard
     ends: np.ndarray  # (documents,) where each ends in the run
     shifts: np.ndarray  # (documents,) from a position in the run to its position in the file
+    windows: np.ndarray | None = None  # (documents,) windows up to each one's end, where they begin with documents
 
     def read(self, position: int, out: np.ndarray) -> int:
         """Copy tokens from `position` on into `out`, until it is full or the run ends; returns how many."""
@@ -106,13 +114,21 @@ class _Documents:
             filled, position, document = filled + n, position + n, document + 1
         return filled
 
+    def window_start(self, window: int, seq_len: int) -> int:
+        """The position at which a window of the run begins, counted from its first document's first."""
+        assert self.windows is not None
+        document = int(self.windows.searchsorted(window, side="right"))
+        if not document:
+            return window * seq_len
+        return int(self.ends[document - 1]) + (window - int(self.windows[document - 1])) * seq_len
+
 
 @dataclass(frozen=True)
 class _Epoch:
     """Where an epoch's parts and groups begin."""
 
     parts: list[int]  # in this epoch's order
-    starts: list[int]  # token at which each of `parts` starts
+    starts: list[int]  # token at which each of `parts` starts; with document_starts, window
     windows: list[int]  # first window of each group, and n_windows at the end
 
 
@@ -120,13 +136,18 @@ class TokenStream:
     """Random access to the windows of a split, in the order of training (see the top of this file).
 
     `shuffle=False` keeps documents and windows as they are stored, for validation. Objects share nothing: use one a
-    thread. Raises ShardError when the split is too short for one window.
+    thread. `document_starts` needs to know where all documents end: of files without an index, it reads every token.
+    Raises ShardError when the split is too short for one window.
+
+    Attributes:
+        n_windows: of an epoch.
+        tokens_an_epoch: as many as are read in one.
     """
 
     part_tokens = 100_000_000  # both are part of the order: a run must resume with the values it began with
     group_size = 8
 
-    def __init__(self, shards: ShardSet, seq_len: int, seed: int, shuffle: bool = True):
+    def __init__(self, shards: ShardSet, seq_len: int, seed: int, shuffle: bool = True, document_starts: bool = False):
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed is {seed}: choose one from 0 to 2**64 - 1")
         if seq_len < 1:
@@ -139,6 +160,13 @@ class TokenStream:
                 f"{seq_len + 1:,}: prepare more data or lower seq_len"
             )
         self._parts = [part for shard in shards.shards for part in _cut(shard, self.part_tokens)]
+        self.tokens_an_epoch = shards.n_tokens
+        self._document_starts = document_starts
+        self._sizes = [part.n_tokens for part in self._parts]
+        if document_starts:
+            self._sizes = [int(self._count(self._document_lengths(part)).sum()) for part in self._parts]
+            self.n_windows = sum(self._sizes)
+            self.tokens_an_epoch = self.n_windows * seq_len
         n_parts = len(self._parts)
         n_groups = max(1, (n_parts + self.group_size // 2) // self.group_size)
         self._groups = list(pairwise(n_parts * i // n_groups for i in range(n_groups + 1)))
@@ -177,24 +205,28 @@ class TokenStream:
         layout = self._epoch(epoch)
         group = bisect_right(layout.windows, index) - 1
         first = layout.windows[group]
-        position = (first + int(self._windows(epoch, group)[index - first])) * self.seq_len
+        window = first + int(self._windows(epoch, group)[index - first])
+        position = window if self._document_starts else window * self.seq_len
         part = bisect_right(layout.starts, position) - 1
         position -= layout.starts[part]
+        if self._document_starts:
+            position = self._documents(epoch, layout.parts[part]).window_start(position, self.seq_len)
         filled = 0
         while filled < len(out):
             n = self._documents(epoch, layout.parts[part]).read(position, out[filled:])
             if check and (largest := int(out[filled : filled + n].max())) >= self.vocab_size:
                 raise outside_vocabulary(self._parts[layout.parts[part]].shard, largest, self.vocab_size)
-            filled, position, part = filled + n, 0, part + 1
+            filled, position, part = filled + n, 0, (part + 1) % len(layout.parts)
 
     def _permutation(self, n: int, epoch: int, purpose: int, which: int) -> np.ndarray:
         return permutation(n, self.seed, epoch, purpose, which) if self.shuffle else np.arange(n)
 
     def _lay_out(self, epoch: int) -> _Epoch:
         parts = self._permutation(len(self._parts), epoch, SHARDS, 0).tolist()
-        starts = [0, *np.cumsum([self._parts[part].n_tokens for part in parts]).tolist()]
+        starts = [0, *np.cumsum([self._sizes[part] for part in parts]).tolist()]
         # The first window of a group is the first that starts at or after the group's first token.
-        windows = [min(-(-starts[first] // self.seq_len), self.n_windows) for first, _ in self._groups]
+        unit = 1 if self._document_starts else self.seq_len
+        windows = [min(-(-starts[first] // unit), self.n_windows) for first, _ in self._groups]
         return _Epoch(parts, starts[:-1], [*windows, self.n_windows])
 
     def _order_windows(self, epoch: int, group: int) -> np.ndarray:
@@ -209,13 +241,22 @@ class TokenStream:
         for shard in {id(shard): shard for shard in (self._parts[part].shard for part in parts)}.values():
             shard.fetch_ahead()
 
-    def _order_documents(self, epoch: int, part: int) -> _Documents:
-        shard, documents = self._parts[part].shard, self._parts[part].documents
-        ends = shard.document_ends()[documents]
-        start = int(shard.document_ends()[documents.start - 1]) if documents.start else 0
-        lengths = np.diff(ends, prepend=start)
+    def _document_lengths(self, part: _Part) -> np.ndarray:
+        shard, documents = part.shard, part.documents
+        ends = shard.document_ends()
+        start = int(ends[documents.start - 1]) if documents.start else 0
+        lengths = np.diff(ends[documents], prepend=start)
         if (lengths <= 0).any():
             raise ShardError(f"{shard.path}: the document ends in its index do not increase: prepare the data again")
+        return lengths
+
+    def _count(self, lengths: np.ndarray) -> np.ndarray:
+        """Windows that begin in documents of these lengths, with document_starts."""
+        return np.maximum(1, (lengths + self.seq_len // 2) // self.seq_len)
+
+    def _order_documents(self, epoch: int, part: int) -> _Documents:
+        shard, lengths = self._parts[part].shard, self._document_lengths(self._parts[part])
+        ends = shard.document_ends()[self._parts[part].documents]
         order = self._permutation(len(ends), epoch, DOCUMENTS, part)
         new_ends = np.cumsum(lengths[order])
         tokens = shard.tokens()
@@ -224,7 +265,13 @@ class TokenStream:
             base = base.base
         if isinstance(base, mmap.mmap):
             self._mapped.append((shard, weakref.ref(base)))
-        return _Documents(tokens, new_ends, ends[order] - new_ends)
+        windows = np.cumsum(self._count(lengths[order])) if self._document_starts else None
+        return _Documents(tokens, new_ends, ends[order] - new_ends, windows)
+
+
+def training_stream(config: RunConfig, shards: ShardSet) -> TokenStream:
+    """The windows that a run trains on."""
+    return TokenStream(shards, config.data.seq_len, config.train.seed, document_starts=config.data.document_starts)
 
 
 def cut(windows: torch.Tensor, length: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from ..config import RunConfig
 from ..data.folder import ShardError
 from ..data.remote import open_folder
 from ..data.shards import open_split
+from ..data.stream import training_stream
 from ..knobs import ConfigError, Range
 from ..training import preflight
 from ..training.metrics import flops_per_token
@@ -98,6 +99,7 @@ class Plan:
     kept_bytes: float
     data_tokens: int | None
     data_bytes: float
+    epochs: float | None
 
 
 def make_plan(config: RunConfig, gpus: str | None = None, price: float | None = None) -> Plan:
@@ -154,7 +156,7 @@ def make_plan(config: RunConfig, gpus: str | None = None, price: float | None = 
     measuring = measuring_tokens(config, way.device) / speed
     hours = (training + measuring + BEGIN[way.device]) / 3600
     size, kept = checkpoints(config, way, n)
-    data_tokens, data_bytes = _data(config)
+    data_tokens, data_bytes, epochs = _data(config)
     return Plan(
         machine=machine,
         n_devices=n_devices,
@@ -179,6 +181,7 @@ def make_plan(config: RunConfig, gpus: str | None = None, price: float | None = 
         kept_bytes=kept * size + WIDTH["fp32"] * n.total + TOKENIZER_BYTES,
         data_tokens=data_tokens,
         data_bytes=data_bytes,
+        epochs=epochs,
     )
 
 
@@ -249,16 +252,18 @@ def checkpoints(config: RunConfig, way: Way, n: Parameters) -> tuple[float, int]
     return size, min(n_saved, keep.keep_last + n_for_good + is_measured)
 
 
-def _data(config: RunConfig) -> tuple[int | None, float]:
-    """Tokens to train on and bytes of the data; of data that is not here what one epoch would need."""
+def _data(config: RunConfig) -> tuple[int | None, float, float | None]:
+    """Tokens to train on, bytes of the data, and epochs; of data that is not here the bytes one epoch would need."""
     needed = config.train.steps * config.train.global_batch_tokens
     if not Path(config.data.path).is_dir():
-        return None, 2.0 * needed
+        return None, 2.0 * needed, None
     try:
         shards = open_split(open_folder(config.data.path), "train")
+        an_epoch = training_stream(config, shards).tokens_an_epoch if config.data.document_starts else shards.n_tokens
     except (ShardError, OSError):
-        return None, 2.0 * needed
-    return shards.n_tokens, float(sum(path.stat().st_size for path in Path(config.data.path).rglob("*.*")))
+        return None, 2.0 * needed, None
+    n_bytes = float(sum(path.stat().st_size for path in Path(config.data.path).rglob("*.*")))
+    return shards.n_tokens, n_bytes, needed / an_epoch
 
 
 def text(plan: Plan, config: RunConfig) -> str:
@@ -317,13 +322,13 @@ def _memory_table(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _data_line(plan: Plan, config: RunConfig) -> str:
-    if plan.data_tokens is None:
+    if plan.data_tokens is None or plan.epochs is None:
         return (
             f"{config.data.path} is not here: {_bytes(plan.data_bytes)} as tokens if no token is to come twice, and as "
             f"much again while it is prepared"
         )
-    epochs = plan.tokens / plan.data_tokens
-    return f"{_short(plan.data_tokens)} tokens in {config.data.path}, {_bytes(plan.data_bytes)}: {epochs:.2f} epochs"
+    held = f"{_short(plan.data_tokens)} tokens in {config.data.path}, {_bytes(plan.data_bytes)}"
+    return f"{held}: {plan.epochs:.2f} epochs"
 
 
 def _short(number: float) -> str:

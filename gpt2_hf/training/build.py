@@ -25,6 +25,7 @@ from .. import hardware
 from ..config import RunConfig, flat
 from ..data.documents import DocumentMask
 from ..data.shards import ShardSet
+from ..data.stream import training_stream
 from ..data.tokenizer import load_tokenizer
 from ..files import mask
 from ..knobs import ConfigError
@@ -107,21 +108,22 @@ def build(
     watch = Watch(config, accelerator, bare_model)
     if start.checkpoint:
         load_trainer_state(start.checkpoint, host, accelerator, bare_model, optimizers, watch)
+    stream = training_stream(config, data.train)
     if start.step < config.train.steps:
         if bare_model.transformer.h[0]._compiled_call_impl is not None:
             accelerator.print("compiling the first step, which may take half a minute")
         if config.train.check_kernels:
-            KernelCheck(config, start, data.train, accelerator, bare_model, DTYPES[precision]).run()
+            KernelCheck(config, start, stream, data.train, accelerator, bare_model, DTYPES[precision]).run()
         check_first_step(bare_model, has_checked_loss=config.train.check_kernels)
     measures = Measures(config, accelerator, bare_model, tokenizer, data.val, DTYPES[precision], stop.safe_point)
     documents = build_document_mask(config, data.train, bare_model, DTYPES[precision])
     throughput = build_throughput(config, accelerator, bare_model, precision)
-    log = open_log(config, accelerator, folder, start, data.train, precision, initial)
+    log = open_log(config, accelerator, folder, start, data.train, stream.tokens_an_epoch, precision, initial)
     folder.step, folder.newest = start.step, start.checkpoint  # now that there is a bar, for last words to stand below
     if why_not:
         log.say(f"no reference curve to compare with ({why_not}): name an earlier run with --eval.reference RUN")
     curve = curve if accelerator.is_main_process else None  # one rank's share of the data is enough
-    track = Track(config, curve, log.say, data.train.eot, data.train.n_tokens, init)
+    track = Track(config, curve, log.say, data.train.eot, stream.tokens_an_epoch, init)
     # A host of its own, as its thread talks while training may.
     savers = Host(state, collective_timeout(config.train.timeout_s))
     saver = checkpoint.Saver(savers, bare_model, optimizers, tokenizer, warn=log.say, waiting=stop.heart.moved)
@@ -293,6 +295,7 @@ def open_log(
     folder: RunFolder,
     start: Start,
     data: ShardSet,
+    tokens_an_epoch: int,
     precision: str,
     initial: InitialWeights | None,
 ) -> RunLog:
@@ -308,10 +311,11 @@ def open_log(
     steps, batch = config.train.steps, config.train.global_batch_tokens
     if start.checkpoint:
         accelerator.print(f"resuming from {start.checkpoint}")
+    epochs = steps * batch / tokens_an_epoch
     accelerator.print(
         f"{data.n_tokens:,} training tokens; steps {start.step:,} to {steps:,} of {batch:,} tokens = "
         f"{config.train.micro_batch_size} x {config.data.seq_len} x {accelerator.num_processes} processes x "
-        f"{config.grad_accum_steps(accelerator.num_processes)} accumulated; {steps * batch / data.n_tokens:.2f} epochs"
+        f"{config.grad_accum_steps(accelerator.num_processes)} accumulated; {epochs:.2f} epochs"
     )
     if lengths := config.data.seq_len_ramp:
         accelerator.print(

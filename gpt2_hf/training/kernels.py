@@ -91,6 +91,7 @@ class KernelCheck:
         self,
         config: RunConfig,
         start: Start,
+        stream: TokenStream,
         data: ShardSet,
         accelerator: Accelerator,
         model: GPTForCausalLM,
@@ -99,7 +100,6 @@ class KernelCheck:
         self.config, self.data, self.accelerator, self.model, self.dtype = config, data, accelerator, model, dtype
         size, seq_len = config.train.micro_batch_size, config.data.seq_len
         first = start.data_offset + start.step * (config.train.global_batch_tokens // seq_len)
-        stream = TokenStream(data, seq_len, config.train.seed)
         windows = torch.from_numpy(stream.batch(first, size).astype(np.int64))
         seq_len = config.data.seq_len_at(start.step)
         windows = cut(windows, seq_len)

@@ -19,7 +19,7 @@ from ..data.folder import ShardError
 from ..data.remote import open_folder
 from ..data.shards import ShardSet, open_split
 from ..data.storage import Storage
-from ..data.stream import StepLoader, TokenStream
+from ..data.stream import StepLoader, training_stream
 from ..files import whole_file
 from ..knobs import ConfigError
 from . import checkpoint, stored_run
@@ -34,6 +34,7 @@ UNFORCEABLE = {"model.n_layer", "model.n_embd", "model.n_positions", "model.voca
 
 # What older checkpoints don't name, as their runs had it.
 NOT_NAMED = {
+    "data.document_starts": False,
     "data.document_mask": False,
     "data.seq_len_ramp": [],
     "data.seq_len_ramp_steps": 0,
@@ -140,6 +141,7 @@ def identity(config: RunConfig, data: ShardSet) -> dict[str, Any]:
         "data.seq_len": config.data.seq_len,
         "data.seq_len_ramp": config.data.seq_len_ramp,
         "data.seq_len_ramp_steps": config.data.seq_len_ramp_steps,
+        "data.document_starts": config.data.document_starts,
         "data.document_mask": config.data.document_mask,
         "train.seed": config.train.seed,
         "train.global_batch_tokens": config.train.global_batch_tokens,
@@ -376,7 +378,7 @@ def load_steps(
     """
     overfit = config.train.overfit_batch
     loader = StepLoader(
-        TokenStream(data, config.data.seq_len, config.train.seed),
+        training_stream(config, data),
         0 if overfit else start.step,
         1 if overfit else config.train.steps,
         global_batch_size=config.train.global_batch_tokens // config.data.seq_len,

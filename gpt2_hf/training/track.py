@@ -133,7 +133,7 @@ class Track:
     Args:
         curve: None switches everything off.
         eot: the token between documents.
-        n_tokens: in all of the training data.
+        n_tokens: read in an epoch.
         init: a line for each kind of weights that does not begin as GPT-2's do, from ``odd_weights``.
     """
 

@@ -1,9 +1,11 @@
 import gc
+import math
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -78,12 +80,66 @@ def shards(make_shards):
     return open_split(make_shards({"train": make_documents(5, 40)}), "train")
 
 
+def reference_document_starts(parts, seed, epoch, group_size, seq_len):
+    """The windows of an epoch that begin with documents, the plain way: the whole stream in a list, twice over."""
+
+    def shuffled(items, purpose, which):
+        key, counter = np.array([seed, epoch], np.uint64), np.array([0, 0, purpose, which], np.uint64)
+        bits = np.random.Philox(key=key, counter=counter).random_raw(len(items)).tolist()
+        return [item for _, item in sorted(zip(bits, items, strict=True), key=lambda pair: pair[0])]
+
+    stream, starts_of_parts = [], []
+    for part in shuffled(range(len(parts)), SHARDS, 0):
+        starts_of_parts.append([])
+        for document in shuffled(parts[part], DOCUMENTS, part):
+            n = max(1, math.floor(Fraction(len(document) + 1, seq_len) + Fraction(1, 2)))
+            starts_of_parts[-1] += [len(stream) + k * seq_len for k in range(n)]
+            stream += [*document, EOT]
+    n_groups = max(1, (len(parts) + group_size // 2) // group_size)
+    windows = []
+    for group in range(n_groups):
+        first, last = len(parts) * group // n_groups, len(parts) * (group + 1) // n_groups
+        starts = [start for part in starts_of_parts[first:last] for start in part]
+        windows += [(2 * stream)[start : start + seq_len + 1] for start in shuffled(starts, WINDOWS, group)]
+    return windows
+
+
 @pytest.mark.parametrize("group_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("epoch", [0, 3])
 def test_order_equals_the_plain_reference(shards, group_size, epoch):
     stream = small_stream(group_size=group_size)(shards, T, seed=7)
     windows, _ = reference_epoch(make_documents(5, 40), 7, epoch, group_size)
     assert epoch_of(stream, epoch) == windows
+
+
+@pytest.mark.parametrize(("group_size", "seq_len"), [(1, 8), (2, 1), (3, 7), (8, 8), (8, 20), (2, 64)])
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_windows_at_document_starts_equal_the_plain_reference(shards, group_size, seq_len, epoch):
+    stream = small_stream(group_size=group_size)(shards, seq_len, seed=7, document_starts=True)
+    windows = reference_document_starts(make_documents(5, 40), 7, epoch, group_size, seq_len)
+    assert epoch_of(stream, epoch) == windows
+    assert stream.tokens_an_epoch == len(windows) * seq_len
+
+
+def test_document_starts_in_cut_files_and_over_the_end_of_an_epoch(make_shards):
+    documents = [list(range(500)), list(range(600, 620)), list(range(1000, 1101)), [7]]
+    shards = open_split(make_shards({"train": [documents]}), "train")
+    stream = small_stream(part_tokens=50, group_size=2)(shards, 64, seed=1, document_starts=True)
+    parts = [documents[:1], documents[1:3], documents[3:]]
+    expected = [reference_document_starts(parts, 1, epoch, 2, 64) for epoch in (0, 1)]
+    assert [len(windows) for windows in expected] == [8 + 1 + 2 + 1] * 2 == [stream.n_windows] * 2
+    assert stream.batch(5, 14).tolist() == [*expected[0], *expected[1]][5:19]
+
+
+def test_documents_that_fill_windows_are_each_read_once(make_shards):
+    """Where lengths are whole windows, all but the order is as without the switch; and unshuffled, that too."""
+    documents = [[list(range(100 * k, 100 * k + T * (1 + k % 3) - 1)) for k in range(20)]]
+    shards = open_split(make_shards({"train": documents}), "train")
+    starts = TokenStream(shards, T, seed=0, shuffle=False, document_starts=True)
+    plain = TokenStream(shards, T, seed=0, shuffle=False)
+    assert starts.n_windows == plain.n_windows + 1  # the last, whose label is the first token again
+    assert epoch_of(starts, 0)[:-1] == epoch_of(plain, 0)
+    assert epoch_of(starts, 0)[-1][-1] == 0
 
 
 def test_groups_shorter_than_a_window(make_shards):

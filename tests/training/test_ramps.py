@@ -1,8 +1,10 @@
 """What grows over a run: each step is a function of its number, and no token is lost or comes twice."""
 
 import dataclasses
+import json
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -15,9 +17,12 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
 from gpt2_hf.config import DataSection, RunConfig
-from gpt2_hf.data.stream import cut
+from gpt2_hf.corpus.inspection import inspect_data
+from gpt2_hf.data.shards import open_split
+from gpt2_hf.data.stream import TokenStream, cut
 from gpt2_hf.knobs import ConfigError
 from gpt2_hf.model import GPTForCausalLM
+from gpt2_hf.planning.plan import make_plan
 from gpt2_hf.training import checkpoint
 from gpt2_hf.training import loop as training
 from gpt2_hf.training.build import Parts, build_model
@@ -191,3 +196,21 @@ def test_a_higher_loss_of_longer_windows_is_no_spike():
 def test_speed_is_that_of_one_length(data, tmp_path):
     rows = run(tiny(data, tmp_path / "run", **LENGTHS, train__steps=9))
     assert [row["step"] for row in rows if "tokens_per_sec" in row] == [2, 3, 5, 6, 8, 9]
+
+
+def test_windows_at_document_starts_in_a_run(data, tmp_path, capsys):
+    """Trained on in their order, looked at in the same, and counted as they are read."""
+    config = tiny(data, tmp_path / "run", data__document_starts=True, train__steps=2, eval__val_every=2)
+    shards = open_split(data, "train")
+    stream = TokenStream(shards, 32, config.train.seed, document_starts=True)
+    lengths = [n for shard in shards.shards for n in np.diff(shard.document_ends(), prepend=0).tolist()]
+    epochs = 2 * 512 / (32 * sum(max(1, (n + 16) // 32) for n in lengths))
+    rows, said = run(config), capsys.readouterr().out
+    plain = run(tiny(data, tmp_path / "plain", train__steps=2, eval__val_every=2))
+    assert f"2 accumulated; {epochs:.2f} epochs" in said
+    assert losses(rows) != losses(plain) and rows[0]["val_loss"] == plain[0]["val_loss"]
+    batch = inspect_data(data, config, sample=10).first_batch
+    assert batch.epochs == make_plan(config, "1xH100").epochs == pytest.approx(epochs)
+    assert batch.windows == stream.batch(0, 2).tolist()
+    state = json.loads((tmp_path / "run/checkpoints/step-00000002/trainer_state/state.json").read_text())
+    assert state["data.document_starts"] is True

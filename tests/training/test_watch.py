@@ -140,6 +140,7 @@ IDENTITY = {
     "data.seq_len": 16,
     "data.seq_len_ramp": [16],
     "data.seq_len_ramp_steps": 3,
+    "data.document_starts": True,
     "data.document_mask": True,
     "model.init_from": "another",
     "model.zero_init": True,
