@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SHOWN_FROM = 0.2  # of the tokens: what comes before would flatten the rest
+SHOWN_FROM = 0.3  # of the tokens: what comes before would flatten the rest
 OTHER_COLOR = "#a9aeb4"  # when there are more lines than colours
 AT_TOP = 0.98  # of a panel's height
 
@@ -101,7 +101,7 @@ def _draw_curves(
         best.setdefault(colors[row.candidate.name], row.candidate.name)
     best.pop(OTHER_COLOR, None)
     shown = [row for row in finished if row.candidate == baseline or row.candidate.name in best.values()]
-    lowest, highest = math.inf, -math.inf
+    inside, lowest, highest = _worth_showing(rows), math.inf, -math.inf
     for row in shown:
         found, name = outcomes[row.candidate.name], row.candidate.name
         tokens, mean, spread = mean_curve([(found[seed].tokens, found[seed].losses) for seed in row.losses])
@@ -109,15 +109,16 @@ def _draw_curves(
         style, label = ("--", f"{name} (baseline)") if is_baseline else ("-", name)
         axis.plot(tokens, mean, style, color=colors[name], linewidth=1.5, label=label)
         axis.fill_between(tokens, mean - spread, mean + spread, color=colors[name], alpha=0.15, linewidth=0)
-        late = tokens >= SHOWN_FROM * tokens[-1]
-        lowest, highest = min(lowest, (mean - spread).min()), max(highest, (mean + spread)[late].max())
-    if shown:
+        if inside.issuperset(row.losses.values()):
+            late = tokens >= SHOWN_FROM * tokens[-1]
+            lowest, highest = min(lowest, (mean - spread).min()), max(highest, (mean + spread)[late].max())
+    if lowest < highest:
         margin = 0.04 * (highest - lowest) or 0.1
         axis.set_ylim(lowest - margin, highest + margin)
+    if shown:
         axis.legend(fontsize=8, frameon=False, loc="upper right")
-    n_hidden = len(finished) - len(shown)
-    best_of = f"; {n_hidden} more are not shown" if n_hidden else ""
-    axis.set_title(f"mean over seeds, ± standard deviation{best_of}", fontsize=10)
+    left_out = f"; {n} left out" if (n := len(finished) - len(shown)) else ""
+    axis.set_title(f"mean over seeds, ± standard deviation{left_out}", fontsize=10)
     axis.xaxis.set_major_formatter(lambda tokens, _: format_tokens(tokens))
     axis.set_xlabel("tokens seen")
     axis.set_ylabel("val_loss (nats per token)")
@@ -144,7 +145,7 @@ def _draw_over_knob(
             if len(shown) < len(losses):
                 axis.plot([x], [AT_TOP], "^", color=own, markersize=7, **at_edge)
             if row.diverged:
-                axis.plot([x], [AT_TOP], "x", color=ERROR_COLOR, markersize=8, markeredgewidth=2, **at_edge)
+                axis.plot([x], [AT_TOP], "x", color=own, markersize=8, markeredgewidth=2, **at_edge)
     values = sorted({row.candidate.varied[knob] for row in rows}, key=float)
     if float(values[0]) > 0:
         axis.set_xscale("log")

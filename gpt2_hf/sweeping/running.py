@@ -55,8 +55,8 @@ def run_all(sweep: Sweep, command: Sequence[str], jobs: int, again: bool) -> lis
     is_made = [o.state == "finished" or (o.state == "diverged" and not again) for o in outcomes]
     waiting = deque(run for run, made in zip(every, is_made, strict=True) if not made)
     n_made = sum(is_made)
-    if n_made:
-        print(f"{n_made} of {len(every)} runs are there already", flush=True)
+    size = f"{len(sweep.candidates)} x {len(sweep.seeds)} (candidates x seeds)"
+    print(f"{sweep.out}: of {size} runs {n_made} are there already", flush=True)
     running: list[Job] = []
     failed = []
     began, n_ended, n_stopped = time.monotonic(), 0, 0

@@ -50,7 +50,7 @@ def sweep(
     shows_last = only_show and not recipes and not grid
     plan = read_sweep(out) if shows_last else plan_sweep(recipes, grid, settings, seeds, out)
     if ab and len(plan.candidates) != 2:
-        raise ConfigError(f"--ab compares two candidates, and there {_are(len(plan.candidates))}")
+        raise ConfigError(f"--ab compares two candidates, not {len(plan.candidates)}: see --help")
     failed = [] if only_show else _run(plan, command, jobs, again)
     _show(plan, ab)
     if failed:
@@ -93,7 +93,3 @@ def _show(plan: Sweep, ab: bool) -> None:
             print(f"\n{plan.out / 'table.md'}; {error}")
     if sentence:
         print(f"\n{sentence}")
-
-
-def _are(n: int) -> str:
-    return f"is {n}" if n == 1 else f"are {n}"

@@ -415,7 +415,7 @@ def test_runs_are_made_seed_by_seed_once_and_past_a_failure(trainer, recipes, ca
     (behave / "a-1").unlink()
     sweep(recipes, Path("o"), command)
     assert order(behave) == ["a-1 7"]
-    assert "3 of 4 runs are there already" in capsys.readouterr().out
+    assert "o: of 2 x 2 (candidates x seeds) runs 3 are there already" in capsys.readouterr().out
     (behave / "b-2").unlink()
     sweep(recipes, Path("o"), command)
     assert order(behave) == []
@@ -479,7 +479,7 @@ def test_what_is_there_is_shown_without_running_anything(trainer, recipes, capsy
     assert "1 of 2" in said and "no difference shown: b is" in said and "at least 3 seeds are needed" in said
     sweep(recipes, Path("elsewhere"), command, only_show=True)
     assert "0 of 2" in capsys.readouterr().out and not Path("elsewhere").exists()
-    with pytest.raises(ConfigError, match="--ab compares two candidates, and there are 4"):
+    with pytest.raises(ConfigError, match="--ab compares two candidates, not 4"):
         sweep(recipes, Path("o"), command, grid=["optim.lr=1,2"], ab=True, only_show=True)
 
 
