@@ -182,11 +182,11 @@ def verdict(sweep: Sweep, rows: Sequence[Row]) -> str:
     """In a sentence, whether the second of two candidates is better than the first."""
     a, b = (next(row for row in rows if row.candidate == candidate) for candidate in sweep.candidates)
     if a.diverged or b.diverged:
-        shares = [
-            f"{row.candidate.name} in {len(row.diverged)} of {len(row.losses) + len(row.diverged)} seeds"
-            for row in (a, b)
-        ]
-        return f"training diverged of {shares[0]} and of {shares[1]}: no means to compare"
+        n_a, n_b = (len(row.losses) + len(row.diverged) for row in (a, b))
+        return (
+            f"training diverged, of {a.candidate.name} in {len(a.diverged)} of {n_a} seeds, of {b.candidate.name} in "
+            f"{len(b.diverged)} of {n_b}: there are no means to compare"
+        )
     found = b.comparison
     if found is None:
         return f"nothing to compare yet: no seed has finished of both {a.candidate.name} and {b.candidate.name}"

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -294,7 +295,7 @@ def test_a_baseline_that_diverged_leaves_nothing_to_compare_with(recipes):
     assert [row.candidate.name for row in rows] == ["b", "a"] and all(row.comparison is None for row in rows)
     assert "baseline, diverged in 1 of 2" in text
     assert verdict(plan, rows) == (
-        "training diverged of a in 1 of 2 seeds and of b in 0 of 2 seeds: no means to compare"
+        "training diverged, of a in 1 of 2 seeds, of b in 0 of 2: there are no means to compare"
     )
 
 
@@ -432,34 +433,43 @@ def test_jobs_share_the_cores(trainer, recipes, monkeypatch):
     assert sorted(order(behave)) == ["a-1 2", "a-2 2", "b-1 2", "b-2 2"]
 
 
-def test_told_to_end_it_has_its_runs_save_and_says_how_to_go_on(trainer, recipes):
+def test_told_to_end_it_has_its_runs_save_and_says_how_to_go_on(trainer, recipes, capsys):
     command, behave = trainer
     for name in ("b-1", "a-2"):
         (behave / name).write_text("wait")
-    program = (
-        "from gpt2_hf.program import program\nfrom gpt2_hf.sweeping.sweep import sweep\nfrom pathlib import Path\n"
-    )
-    program += f"program(lambda: sweep({recipes}, Path('o'), {command}, jobs=2))()"
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not all(Path("o", name, "is_running").exists() for name in ("b/seed-1", "a/seed-2")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.02)
-    with pytest.raises(ConfigError, match=rf"o is being worked on by process {process.pid} .*--only_show"):
-        sweep(recipes, Path("o"), command)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert all(Path("o", name, "saved").exists() for name in ("b/seed-1", "a/seed-2"))
-    assert "2 runs are being made: waiting until what they have is saved" in said
-    assert said.endswith(
+    waiting = [Path("o", name).absolute() for name in ("b/seed-1", "a/seed-2")]
+
+    def tell_when_both_run() -> None:
+        deadline = time.monotonic() + 60
+        while not all((run / "is_running").exists() for run in waiting) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    teller = threading.Thread(target=tell_when_both_run)
+    teller.start()
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        sweep(recipes, Path("o"), command, jobs=2)
+    teller.join()
+    assert str(stopped.value) == (
         "stopped: 1 of 4 runs are there, and of the others what was saved is kept in o; the same command goes on from "
-        "there\n"
+        "there"
     )
+    assert all((run / "saved").exists() for run in waiting)
+    assert "2 runs are being made: waiting until what they have is saved" in capsys.readouterr().out
     assert sorted(line[:3] for line in order(behave)) == ["a-1", "a-2", "b-1"]
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_two_sweeps_in_one_folder_are_refused(trainer, recipes):
+    command, behave = trainer
+    Path("o").mkdir()
+    with (
+        lock_folder(Path("o")),
+        pytest.raises(ConfigError, match=rf"o is being worked on by process {os.getpid()} .*--only_show"),
+    ):
+        sweep(recipes, Path("o"), command)
+    assert order(behave) == []
 
 
 def test_what_is_there_is_shown_without_running_anything(trainer, recipes, capsys):
