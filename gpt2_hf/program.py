@@ -24,7 +24,14 @@ class UserError(ValueError):
 EXPECTED = (UserError, argparse.ArgumentError, FloatingPointError, ImportError, OSError, ValueError)
 
 # What starts training processes, by the name of the script or module.
-LAUNCHERS = {"accelerate", "accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
+LAUNCHERS = {
+    "accelerate",
+    "accelerate-launch",
+    "accelerate.commands.launch",
+    "torchrun",
+    "torch.distributed.run",
+    "sweep.py",
+}
 
 # Seconds for the launcher to end this process, where the rank that speaks first has met the same error. (Accelerate's
 # looks every five.)
@@ -122,7 +129,7 @@ def serve_parent() -> tuple[threading.Event, threading.Event]:
 
 
 def end_with_launcher() -> None:
-    """Have Linux send SIGTERM to this process when ``accelerate launch`` or torchrun, its parent, is gone.
+    """Have Linux send SIGTERM to this process when its parent, ``accelerate launch``, torchrun or a sweep, is gone.
 
     Otherwise a launcher that was killed would leave training running unseen. Any other parent may go: nohup, tmux.
     """

@@ -36,6 +36,7 @@ TRACKER = "tracker.json"  # by what name trackers know the run
 EVALUATIONS = "evaluations.jsonl"  # a row for each model that was evaluated after training, or beside the run's own
 # Small files beside the models: what was measured, and how the run was started.
 RECORDS = ("metrics.jsonl", "config.yaml", "environment.json", "starts.jsonl", EVALUATIONS, REWIND, TAKEN, TRACKER)
+NOT_SAVED = "so this is not saved"  # in the error, and in no other, of training that has diverged
 # Beside the weights and a README.md, all that a gpt2 folder has had since 2019.
 STOCK_FILES = (
     "config.json",

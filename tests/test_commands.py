@@ -85,6 +85,20 @@ WRONG = {
         },
     ),
     "publish.py": (["nowhere"], {"": (*NO_PATHS, "nowhere"), "--check": ("x",)}),
+    "sweep.py": (
+        ["nowhere.yaml"],
+        {
+            "": (*NO_PATHS, "nowhere.yaml"),
+            "--grid": ("", "x", "=1", "optim.lr", "optim.lr=", "train.seed=1,2", "train.run_dir=x"),
+            "--set": ("", "x", "=1", "optim.lr", "train.seed=1", "train.run_dir=x"),
+            "--seeds": (*(text for text in NO_POSITIVES if text != "[1]"), "1,1", "1,x", "1,0", "1337"),
+            "--out": NO_PATHS,
+            "--jobs": NO_POSITIVES,
+            "--ab": ("x",),
+            "--again": ("x",),
+            "--only_show": ("x",),
+        },
+    ),
     "convert.py": (
         ["nowhere.pt", "out"],
         {

@@ -19,6 +19,7 @@ ROOMS = {
     "training": {"model", "data", "evaluation"},
     "reporting": {"model", "data"},
     "sharing": {"model", "data", "evaluation"},
+    "sweeping": {"model", "data", "evaluation", "reporting"},
     "planning": {"model", "data", "evaluation", "training"},
     "benchmark": {"model", "data", "corpus", "evaluation", "training"},
 }

@@ -87,4 +87,4 @@ def _stop(parts: Parts, trouble: Diverged) -> NoReturn:
         way_on = f"so it was at the first step after {newest}: delete that one, and the run goes on from another"
     else:
         way_on = f"{newest} is good, and the next start goes on from it: start again with {advice}"
-    raise FloatingPointError(f"{trouble}, so this is not saved; {way_on}") from None
+    raise FloatingPointError(f"{trouble}, {runs.NOT_SAVED}; {way_on}") from None
