@@ -12,11 +12,12 @@ from conftest import write_shards
 from test_train import clean_state as clean_state
 from test_train import run, tiny
 
+from gpt2_hf.data import stream
 from gpt2_hf.data.stream import TokenStream
 from gpt2_hf.model import GPTForCausalLM
 from gpt2_hf.model.modeling_gpt import GPTPreTrainedModel
 from gpt2_hf.reference import Curve
-from gpt2_hf.training import start, track
+from gpt2_hf.training import track
 from gpt2_hf.training.track import DataSeen, Track, odd_weights
 
 VOCAB, SOURCES, STEPS = 256, 8, 100
@@ -143,7 +144,7 @@ def test_a_planted_cause_is_named(compared, tmp_path, monkeypatch, name):
     elif name == "missing end-of-text":
         changes = {"data": corpus(tmp_path, "data", documents(4000, 1), end=7)}
     elif name == "unshuffled data":
-        monkeypatch.setattr(start, "TokenStream", partial(TokenStream, shuffle=False))
+        monkeypatch.setattr(stream, "TokenStream", partial(TokenStream, shuffle=False))
     elif name == "residual initialisation":
         monkeypatch.setattr(GPTPreTrainedModel, "_init_weights", residual_weights(300))
     rows, said = compared(**changes)
