@@ -53,27 +53,21 @@ class Row:
 
 def rank(sweep: Sweep, outcomes: Mapping[str, Mapping[int, Outcome]]) -> list[Row]:
     """The table's lines, the best candidate first, then those that diverged, then those without a finished run."""
+    baseline = outcomes[sweep.candidates[0].name]
     by_seed = [_losses(outcomes[candidate.name]) for candidate in sweep.candidates]
-    baseline_diverged = bool(_diverged(outcomes[sweep.candidates[0].name]))
+    diverged = [_diverged(outcomes[candidate.name]) for candidate in sweep.candidates]
     # A mean over those seeds alone in which training happened to work would be no mean of the recipe.
-    usable = [
-        {} if baseline_diverged or _diverged(outcomes[candidate.name]) else losses
-        for candidate, losses in zip(sweep.candidates, by_seed, strict=True)
-    ]
+    usable = [{} if seeds or diverged[0] else losses for losses, seeds in zip(by_seed, diverged, strict=True)]
     comparisons = [None, *compare(usable[0], usable[1:])]
     rows = [
         Row(
             candidate,
-            losses,
-            _diverged(outcomes[candidate.name]),
-            comparison,
-            _token_share(
-                [seed for seed in usable[0] if seed in shared],
-                outcomes[sweep.candidates[0].name],
-                outcomes[candidate.name],
-            ),
+            by_seed[i],
+            diverged[i],
+            comparisons[i],
+            _token_share(usable[i], baseline, outcomes[candidate.name]),
         )
-        for candidate, losses, shared, comparison in zip(sweep.candidates, by_seed, usable, comparisons, strict=True)
+        for i, candidate in enumerate(sweep.candidates)
     ]
 
     def place(row: Row) -> tuple[bool, bool, float]:
@@ -92,13 +86,16 @@ def _diverged(outcomes: Mapping[int, Outcome]) -> tuple[int, ...]:
     return tuple(seed for seed, outcome in outcomes.items() if outcome.state == "diverged")
 
 
-def _token_share(seeds: Sequence[int], baseline: Mapping[int, Outcome], ours: Mapping[int, Outcome]) -> float | None:
+def _token_share(
+    usable: Mapping[int, float], baseline: Mapping[int, Outcome], ours: Mapping[int, Outcome]
+) -> float | None:
+    seeds = [seed for seed in usable if baseline[seed].state == "finished"]
     if not seeds:
         return None
     target = float(np.mean([baseline[seed].loss for seed in seeds]))
     tokens, losses, _ = mean_curve([(ours[seed].tokens, ours[seed].losses) for seed in seeds])
     reached = tokens_to(target, tokens, losses)
-    return None if reached is None else reached / float(np.mean([baseline[seed].tokens[-1] for seed in seeds]))
+    return None if reached is None else reached / float(baseline[seeds[0]].tokens[-1])
 
 
 def table(sweep: Sweep, rows: Sequence[Row], outcomes: Mapping[str, Mapping[int, Outcome]]) -> str:

@@ -23,8 +23,7 @@ POLL_S = 0.1
 class Job:
     """A run whose process is there."""
 
-    candidate: Candidate
-    seed: int
+    run: tuple[Candidate, int]  # and its seed
     process: subprocess.Popen[bytes]
     began: float
 
@@ -51,40 +50,33 @@ def run_all(sweep: Sweep, command: Sequence[str], jobs: int, again: bool) -> lis
             how to go on.
     """
     every = [(candidate, seed) for seed in sweep.seeds for candidate in sweep.candidates]
-    outcomes = [read_outcome(sweep.run_dir(*run), sweep.log(*run)) for run in every]
-    is_made = [o.state == "finished" or (o.state == "diverged" and not again) for o in outcomes]
-    waiting = deque(run for run, made in zip(every, is_made, strict=True) if not made)
-    n_made = sum(is_made)
+    made = ("finished",) if again else ("finished", "diverged")
+    waiting = deque(run for run in every if read_outcome(sweep.run_dir(*run), sweep.log(*run)).state not in made)
+    n_made = len(every) - len(waiting)
     size = f"{len(sweep.candidates)} x {len(sweep.seeds)} (candidates x seeds)"
     print(f"{sweep.out}: of {size} runs {n_made} are there already", flush=True)
     running: list[Job] = []
     failed = []
-    began, n_ended, n_stopped = time.monotonic(), 0, 0
-    with hearing() as told:
-        while waiting or running:
+    began, n_ended, times_told = time.monotonic(), 0, 0
+    with hearing() as told, ending(running):
+        while running or (waiting and not told.times):
             while waiting and len(running) < jobs and not told.times:
                 running.append(start(sweep, *waiting.popleft(), command, jobs))
-            if told.times > n_stopped:
-                n_stopped = told.times
-                stop(running, by_force=n_stopped > 1)
-            if told.times and not running:
-                break
+            if told.times > times_told:
+                times_told = told.times
+                stop(running, by_force=times_told > 1)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
-                outcome = read_outcome(sweep.run_dir(job.candidate, job.seed), sweep.log(job.candidate, job.seed))
-                is_made_now = outcome.state in ("finished", "diverged")
-                n_made += is_made_now
-                if told.times and not is_made_now:
-                    continue
-                n_ended += 1
-                if not is_made_now:
-                    failed.append((job.candidate, job.seed, outcome))
-                each = (time.monotonic() - began) / n_ended
+                outcome = read_outcome(sweep.run_dir(*job.run), sweep.log(*job.run))
+                is_made = outcome.state in ("finished", "diverged")
+                if told.times and not is_made:
+                    continue  # it ended because it was told to
+                n_made, n_ended = n_made + is_made, n_ended + 1
+                failed += [] if is_made else [(*job.run, outcome)]
+                line = f"[{n_made} of {len(every)}] {_result(sweep, job, outcome)}"
                 n_left = len(waiting) + len(running)
-                left = f"; about {_duration(each * n_left)} left" if n_left and not told.times else ""
-                took = _duration(time.monotonic() - job.began)
-                words = f"{job.candidate.name} seed {job.seed}: {_result(outcome, job, sweep)}"
-                print(f"[{n_made} of {len(every)}] {words} ({took}){left}", flush=True)
+                each = (time.monotonic() - began) / n_ended
+                print(f"{line}; about {_duration(each * n_left)} left" if n_left else line, flush=True)
             time.sleep(POLL_S)
     if told.times and n_made < len(every):
         raise KeyboardInterrupt(
@@ -92,6 +84,18 @@ def run_all(sweep: Sweep, command: Sequence[str], jobs: int, again: bool) -> lis
             f"{sweep.out}; the same command goes on from there"
         )
     return failed
+
+
+@contextmanager
+def ending(running: Sequence[Job]) -> Iterator[None]:
+    """Whatever happens, no run's process is left behind."""
+    try:
+        yield
+    finally:
+        for job in running:
+            job.process.terminate()
+        for job in running:
+            job.process.wait()
 
 
 @contextmanager
@@ -126,7 +130,7 @@ def start(sweep: Sweep, candidate: Candidate, seed: int, command: Sequence[str],
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C comes to the sweep alone: heard twice it would end a run unsaved
         )
-    return Job(candidate, seed, process, time.monotonic())
+    return Job((candidate, seed), process, time.monotonic())
 
 
 def stop(running: Sequence[Job], by_force: bool) -> None:
@@ -138,13 +142,16 @@ def stop(running: Sequence[Job], by_force: bool) -> None:
         job.process.send_signal(signal.SIGKILL if by_force else signal.SIGTERM)
 
 
-def _result(outcome: Outcome, job: Job, sweep: Sweep) -> str:
+def _result(sweep: Sweep, job: Job, outcome: Outcome) -> str:
+    candidate, seed = job.run
     if outcome.state == "finished":
-        return f"val_loss {outcome.loss:.4f}"
-    if outcome.state == "diverged":
-        return "diverged"
-    why = outcome.error or f"its process ended with status {job.process.returncode}"
-    return f"failed: {why} (all it said: {sweep.log(job.candidate, job.seed)})"
+        what = f"val_loss {outcome.loss:.4f}"
+    elif outcome.state == "diverged":
+        what = "diverged"
+    else:
+        why = outcome.error or f"its process ended with status {job.process.returncode}"
+        what = f"failed: {why} (all it said: {sweep.log(candidate, seed)})"
+    return f"{candidate.name} seed {seed}: {what} ({_duration(time.monotonic() - job.began)})"
 
 
 def _n_cores() -> int:
