@@ -98,7 +98,8 @@ def test_loop_learns_and_resumes(make_shards, tmp_path, steps_never_wait, precis
 
     def run(name: str, steps: int) -> list[dict]:
         changes = {"train__precision": precision, "train__compile": compile, "model__vocab_size": None}
-        schedule = {"optim__name": optimizer, "optim__lr": 1e-2, "optim__muon_lr": 1e-2, "optim__min_lr_ratio": 1.0}
+        schedule = {"optim__name": optimizer, "optim__lr": 1e-2, "optim__muon_lr": 0.04, "optim__min_lr_ratio": 1.0}
+        schedule |= {"optim__cautious_decay": True, "optim__ema": 0.5}
         train(tiny(data, tmp_path / name, train__steps=steps, eval__val_every=10, **changes, **schedule))
         AcceleratorState._reset_state(reset_partial_state=True)
         torch._dynamo.reset()
@@ -263,6 +264,7 @@ def test_shares_of_a_model_train_and_are_saved_as_a_whole_one_is(make_shards, tm
     data = make_shards({"train": [pattern], "val": [pattern[:4]]})
     settings = {"model__vocab_size": None, "train__precision": "bf16", "train__compile": "on", "eval__val_every": 3}
     settings |= {"optim__name": "muon", "optim__lr": 5e-3, "checkpoint__save_every": 3, "train__steps": 12}
+    settings |= {"optim__cautious_decay": True, "optim__ema": 0.5}
     rows = {}
     for name in ("whole", "shares"):
         if name == "shares":

@@ -58,7 +58,7 @@ def test_20_megabytes_of_books_law_and_documentation_agree():
 
 def test_a_small_model_learns_prose(prepared, tmp_path):
     model = {"model__vocab_size": None, "model__n_embd": 64}
-    rate = {"optim__name": "muon", "optim__lr": 1e-2, "optim__muon_lr": 1e-2}
+    rate = {"optim__name": "muon", "optim__lr": 1e-2, "optim__muon_lr": 0.02}
     rows = run(tiny(prepared, tmp_path / "run", train__steps=60, eval__val_every=30, **model, **rate))
     assert losses(rows)[0] == pytest.approx(np.log(50257), rel=0.01)
     assert [row["val_loss"] for row in rows if "val_loss" in row][-1] < 9

@@ -305,6 +305,8 @@ class Track:
             found.append((1, f"the optimizer (optim.name {optimizer}, there {other}): tune its learning rate"))
         for name, low, high, factor in FACTORS:
             ours, theirs = self._recipe[name], self.curve.recipe.get(name)
+            if name == "optim.embedding_lr" and (ours or theirs):  # which is lr where it is not given
+                ours, theirs = ours or self._recipe["optim.lr"], theirs or self.curve.recipe.get("optim.lr")
             if theirs is None or (name == "optim.muon_lr" and optimizer != "muon"):
                 continue
             if other != optimizer and name.endswith("lr"):
@@ -328,6 +330,7 @@ CAUSES = {
 FACTORS = [
     ("train.global_batch_tokens", "a batch that is too small", "a batch that is too large", 1.3),
     ("optim.lr", "a learning rate that is too low", "a learning rate that is too high", 1.5),
+    ("optim.embedding_lr", "a learning rate that is too low", "a learning rate that is too high", 1.5),
     ("optim.muon_lr", "a learning rate that is too low", "a learning rate that is too high", 1.5),
     ("optim.warmup_steps", "a warm-up that is missing or too short", "a warm-up that is too long", 2.0),
     ("optim.max_grad_norm", "clipping that is too strong", "clipping that is too weak", 3.0),
