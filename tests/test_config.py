@@ -176,6 +176,8 @@ def test_every_knob_is_used_by_a_recipe_or_has_a_stated_reason():
         "betas": "published value, ablations",
         "max_grad_norm": "published value, ablations",
         "muon_momentum": "published value, ablations",
+        "batch_ramp": "the published recipe has updates of one size",
+        "batch_ramp_steps": "the published recipe has updates of one size",
         "seed": "repeated runs",
         "precision": "what auto picks can be wrong",
         "compile": "what auto picks can be wrong",

@@ -38,6 +38,8 @@ NOT_NAMED = {
     "data.document_mask": False,
     "data.seq_len_ramp": [],
     "data.seq_len_ramp_steps": 0,
+    "train.batch_ramp": [],
+    "train.batch_ramp_steps": 0,
     "model.init_from": None,
 }
 
@@ -144,6 +146,8 @@ def identity(config: RunConfig, data: ShardSet) -> dict[str, Any]:
         "data.document_mask": config.data.document_mask,
         "train.seed": config.train.seed,
         "train.global_batch_tokens": config.train.global_batch_tokens,
+        "train.batch_ramp": config.train.batch_ramp,
+        "train.batch_ramp_steps": config.train.batch_ramp_steps,
         "train.overfit_batch": config.train.overfit_batch,
         "optim.name": config.optim.name,
         "model.init_from": config.model.init_from,
@@ -380,6 +384,8 @@ def load_steps(
         0 if overfit else start.step,
         1 if overfit else config.train.steps,
         global_batch_size=config.train.global_batch_tokens // config.data.seq_len,
+        batch_ramp=[tokens // config.data.seq_len for tokens in config.train.batch_ramp],
+        batch_ramp_steps=config.train.batch_ramp_steps,
         micro_batch_size=config.train.micro_batch_size,
         data_offset=0 if overfit else start.data_offset,
         rank=accelerator.process_index,
