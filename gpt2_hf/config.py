@@ -13,13 +13,14 @@ import yaml
 
 from .knobs import ConfigError, Filled, Knobs, OneOf, PathName, Range, knob_name
 from .model.configuration_gpt import GPTConfig
-from .schedules import SCHEDULES, in_stages
+from .schedules import SCHEDULES, in_stages, sum_before
 
 Count = Annotated[int, Range(1)]
 Interval = Annotated[int, Range(0)]  # in steps; 0 is never
 Rate = Annotated[float, Range(above=0)]
 Betas = tuple[Annotated[float, Range(0, below=1)], Annotated[float, Range(0, below=1)]]
 Decay = Annotated[float, Range(0)]
+BatchTokens = Annotated[int, Range(1, 10**12)]
 
 # Attention backends that can be told where documents end.
 MASKS_DOCUMENTS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -190,6 +191,9 @@ class TrainSection(Knobs):
         run_dir: folder of this run; starting again with the same folder resumes.
         steps: optimizer updates in all.
         global_batch_tokens: tokens per update over all processes; accumulation is derived from it.
+        batch_ramp: fewer tokens per update to begin with, from few to many. No sample is left out or comes twice, and
+            the learning rate stays a function of the step.
+        batch_ramp_steps: steps of each of these batches; then global_batch_tokens.
         micro_batch_size: samples per forward pass on one device.
         seed: of the initialisation, the data order and dropout.
         precision: auto takes bf16 where the device has it, else fp16 with a gradient scaler on CUDA, else fp32.
@@ -213,7 +217,9 @@ class TrainSection(Knobs):
 
     run_dir: Annotated[str, PathName()] = "runs/gpt2_124m"
     steps: Annotated[int, Range(1, 10**9)] = 19_073
-    global_batch_tokens: Annotated[int, Range(1, 10**12)] = 524_288
+    global_batch_tokens: BatchTokens = 524_288
+    batch_ramp: list[BatchTokens] = field(default_factory=list)
+    batch_ramp_steps: Interval = 0
     micro_batch_size: Annotated[int, Range(1, 10**6)] = 64
     seed: Annotated[int, Range(0)] = 1337
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
@@ -229,6 +235,26 @@ class TrainSection(Knobs):
     max_bad_steps: Count = 10
     on_divergence: Literal["rewind", "stop"] = "rewind"
     max_rewinds: Interval = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        last = self.global_batch_tokens
+        _check_ramp("train.batch_ramp", self.batch_ramp, self.batch_ramp_steps, "train.global_batch_tokens", last)
+        if self.batch_ramp and self.overfit_batch:
+            raise ConfigError("train.overfit_batch trains on one batch only: leave train.batch_ramp out")
+
+    @property
+    def batches(self) -> list[int]:
+        """Tokens per update in each stage, from few to many."""
+        return [*self.batch_ramp, self.global_batch_tokens]
+
+    def tokens_of_step(self, step: int) -> int:
+        """Tokens of update ``step``, from 0, over all processes."""
+        return in_stages(step, self.batch_ramp, self.batch_ramp_steps, self.global_batch_tokens)
+
+    def tokens_before(self, step: int) -> int:
+        """Tokens of all updates before ``step``, from 0: of the first ``step`` updates."""
+        return sum_before(step, self.batch_ramp, self.batch_ramp_steps, self.global_batch_tokens)
 
 
 @dataclass(frozen=True)
@@ -395,22 +421,24 @@ class RunConfig(Knobs):
             )
 
     def grad_accum_steps(self, world_size: int) -> int:
-        """Micro-steps per update on each of ``world_size`` processes.
+        """Micro-steps per update on each of ``world_size`` processes, after ``train.batch_ramp``.
 
         Raises:
-            ConfigError: when the global batch does not divide, naming the nearest sizes that do.
+            ConfigError: when the batch of a stage does not divide, naming the nearest sizes that do.
         """
         train, seq_len = self.train, self.data.seq_len
         unit = train.micro_batch_size * seq_len * world_size
-        if train.global_batch_tokens % unit == 0:
+        batch = next((batch for batch in train.batches if batch % unit), None)
+        if batch is None:
             return train.global_batch_tokens // unit
-        below = train.global_batch_tokens // unit * unit
+        below = batch // unit * unit
+        name = "train.batch_ramp" if batch in train.batch_ramp else "train.global_batch_tokens"
         message = (
-            f"train.global_batch_tokens {train.global_batch_tokens} is not a multiple of micro_batch_size x seq_len x "
+            f"{name} {batch} is not a multiple of micro_batch_size x seq_len x "
             f"processes = {train.micro_batch_size} x {seq_len} x {world_size} = {unit}; the nearest that work are "
             + " and ".join(str(size) for size in (below, below + unit) if size)
         )
-        per_process, rest = divmod(train.global_batch_tokens, seq_len * world_size)
+        per_process, rest = divmod(batch, seq_len * world_size)
         if rest == 0:
             small = [b for b in range(1, math.isqrt(per_process) + 1) if per_process % b == 0]
             sizes = {*small, *(per_process // b for b in small)}
@@ -432,11 +460,17 @@ class RunConfig(Knobs):
             )
         if self.optim.name == "muon" and not self.optim.weight_decay:
             found.append("optim.weight_decay 0 lets Muon's matrices grow without end; about 0.1 ends lower")
-        if (ramp := len(self.data.seq_len_ramp) * self.data.seq_len_ramp_steps) >= self.train.steps:
-            found.append(
-                f"data.seq_len_ramp takes {ramp} steps, and train.steps is {self.train.steps}: no step has windows of "
-                f"data.seq_len {self.data.seq_len}"
-            )
+        data, train = self.data, self.train
+        for name, n_steps, unreached in (
+            ("data.seq_len_ramp", len(data.seq_len_ramp) * data.seq_len_ramp_steps, f"data.seq_len {data.seq_len}"),
+            (
+                "train.batch_ramp",
+                len(train.batch_ramp) * train.batch_ramp_steps,
+                f"train.global_batch_tokens {train.global_batch_tokens}",
+            ),
+        ):
+            if n_steps >= train.steps:
+                found.append(f"{name} takes {n_steps} steps, and train.steps is {train.steps}: none has {unreached}")
         save, keep = self.checkpoint.save_every, self.checkpoint.keep_every
         if keep and (not save or keep % save):
             found.append(f"checkpoint.keep_every {keep} is no multiple of checkpoint.save_every {save}: it keeps less")

@@ -36,7 +36,13 @@ FIGURES = ("val_loss", "train_loss")
 # Without these equal, losses cannot be compared: another model, or another task.
 SAME = ("n_layer", "n_embd", "n_head", "vocab_size")
 # So must these be, which older recipes don't name.
-LATER: dict[str, Any] = {"data.seq_len_ramp": [], "data.document_starts": False}
+LATER: dict[str, Any] = {
+    "data.seq_len_ramp": [],
+    "data.seq_len_ramp_steps": 0,
+    "data.document_starts": False,
+    "train.batch_ramp": [],
+    "train.batch_ramp_steps": 0,
+}
 # Steps over which a training loss is averaged: that of one batch says little.
 WINDOW = 50
 # A run on track may be so much of its steps ahead of the reference, or behind: rates are never quite alike.

@@ -31,3 +31,10 @@ SCHEDULES = {"cosine": cosine, "trapezoid": trapezoid, "linear": linear}
 def in_stages(step: int, first: Sequence[int], steps: int, then: int) -> int:
     """The value at ``step``, from 0: each of ``first`` for so many ``steps``, and ``then`` after them."""
     return first[step // steps] if step < len(first) * steps else then
+
+
+def sum_before(step: int, first: Sequence[int], steps: int, then: int) -> int:
+    """The sum of the values of ``in_stages`` at all steps before ``step``."""
+    past = min(step, len(first) * steps)  # of the stages
+    ended, rest = divmod(past, steps) if past else (0, 0)
+    return steps * sum(first[:ended]) + (rest * first[ended] if rest else 0) + (step - past) * then

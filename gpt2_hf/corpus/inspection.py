@@ -156,7 +156,7 @@ def first_batch(recipe: RunConfig, data: ShardSet) -> FirstBatch:
         stream,
         start_step=0,
         stop_step=1,
-        global_batch_size=train.global_batch_tokens // seq_len,
+        global_batch_size=train.tokens_of_step(0) // seq_len,
         micro_batch_size=train.micro_batch_size,
     ) as loader:
         batch = next(loader).numpy()
@@ -168,7 +168,7 @@ def first_batch(recipe: RunConfig, data: ShardSet) -> FirstBatch:
         seq_len=inputs.shape[2],
         seed=train.seed,
         steps=train.steps,
-        epochs=train.steps * train.global_batch_tokens / stream.tokens_an_epoch,
+        epochs=train.tokens_before(train.steps) / stream.tokens_an_epoch,
         eot=data.eot,
         boundaries=int(is_eot.sum()),
         unbroken=float((~is_eot.any(-1)).mean()),

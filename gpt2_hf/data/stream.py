@@ -26,7 +26,8 @@ many windows in each epoch, whatever the order. Of a document a little longer th
 window, is read only by chance; where documents are shorter than T, an epoch reads tokens more than once.
 
 Global sample g, counted from the start of the run, is window g % n_windows of epoch g // n_windows. Step s takes
-samples sG ... (s + 1)G - 1 for a global batch of G, across the end of an epoch if need be, and each rank takes its own
+samples sG ... (s + 1)G - 1 for a global batch of G (while batches grow, those after the last sample of step s - 1),
+across the end of an epoch if need be, and each rank takes its own
 slice of those: no sample depends on how many ranks there are. A run that has passed over data, because it diverged
 there, takes all later samples by so many further on.
 """
@@ -38,7 +39,7 @@ import time
 import weakref
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -48,6 +49,7 @@ import numpy as np
 import torch
 
 from ..config import RunConfig
+from ..schedules import in_stages, sum_before
 from .shards import Shard, ShardError, ShardSet, outside_vocabulary
 
 # What a permutation is for. The numbers are part of the order: never change them.
@@ -287,8 +289,9 @@ class StepLoader(Iterator[torch.Tensor]):
     """The batches of one rank for the steps start_step ... stop_step - 1, read ahead by a thread.
 
     Each item is one step: (grad_accum_steps, B, T + 1) int64, where B is micro_batch_size: the rank's contiguous slice
-    of the step's samples. Batch sizes are in samples. Sample k of step s is number data_offset + s G + k of the stream,
-    for a global batch of G. pin_memory needs CUDA and pins for fast copies.
+    of the step's samples. Batch sizes are in samples: each of batch_ramp for batch_ramp_steps, then global_batch_size.
+    Sample k of a step is number data_offset + k of the stream, and as many more as the steps before it have together.
+    pin_memory needs CUDA and pins for fast copies.
 
     An error in the thread is raised by the next step asked for. Use it as a context manager, or call close():
 
@@ -304,6 +307,8 @@ class StepLoader(Iterator[torch.Tensor]):
         *,
         global_batch_size: int,
         micro_batch_size: int,
+        batch_ramp: Sequence[int] = (),
+        batch_ramp_steps: int = 0,
         data_offset: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -315,16 +320,17 @@ class StepLoader(Iterator[torch.Tensor]):
                 f"global_batch_size {global_batch_size}, micro_batch_size {micro_batch_size}, prefetch {prefetch}, "
                 f"rank {rank} of {world_size}: sizes start at 1, ranks at 0"
             )
-        if global_batch_size % (micro_batch_size * world_size):
+        stages = (batch_ramp, batch_ramp_steps, global_batch_size)
+        if odd := [size for size in (*batch_ramp, global_batch_size) if size % (micro_batch_size * world_size)]:
             raise ValueError(
-                f"global_batch_size {global_batch_size} is not a multiple of micro_batch_size {micro_batch_size} x "
+                f"global_batch_size {odd[0]} is not a multiple of micro_batch_size {micro_batch_size} x "
                 f"world_size {world_size} = {micro_batch_size * world_size}: change one of them"
             )
-        rank_batch_size = global_batch_size // world_size
         device = torch.cuda.current_device() if pin_memory else None
 
         def read(step: int) -> torch.Tensor:
-            first = data_offset + step * global_batch_size + rank * rank_batch_size
+            rank_batch_size = in_stages(step, *stages) // world_size
+            first = data_offset + sum_before(step, *stages) + rank * rank_batch_size
             batch = torch.from_numpy(stream.batch(first, rank_batch_size).astype(np.int64))
             batch = batch.view(-1, micro_batch_size, stream.seq_len + 1)
             if device is None:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,6 +73,7 @@ class Plan:
 
     Attributes:
         micro_batch_size: the recipe's, or where that doesn't fit or doesn't divide, the largest that does.
+        flops: of the whole run; a token's, a step's, and the speed are those after the ramps of lengths and batches.
         why_not: what keeps the recipe's own from being used; "" where it is.
         source: what the time is predicted from.
     """
@@ -81,6 +83,7 @@ class Plan:
     device_memory: float
     parameters: Parameters
     flops_per_token: int
+    flops: int
     tokens: int
     steps: int
     micro_batch_size: int
@@ -120,12 +123,12 @@ def make_plan(config: RunConfig, gpus: str | None = None, price: float | None = 
         card = card_here(device) if device.type == "cuda" else None
         way, machine = way_here(config, device), hardware.describe(device)
     n = Parameters.of(config)
-    if config.train.global_batch_tokens % (config.data.seq_len * n_devices):
+    if any(batch % (config.data.seq_len * n_devices) for batch in config.train.batches):
         config.grad_accum_steps(n_devices)  # raises, naming the batches that divide
     # A process on a CPU has libraries in its memory already, as this one has.
     room = card.memory if card else preflight.memory_of(torch.device("cpu")) - psutil.Process().memory_info().rss
     ways = _ways(way, n_devices)
-    n_windows = config.train.global_batch_tokens // (config.data.seq_len * n_devices)
+    n_windows = math.gcd(*config.train.batches) // (config.data.seq_len * n_devices)  # divides those of all steps
     fits = {
         name: max(
             (size for size in _divisors(n_windows) if _memory(config, each, n, size, n_devices).total <= room),
@@ -134,13 +137,12 @@ def make_plan(config: RunConfig, gpus: str | None = None, price: float | None = 
         for name, each in ways.items()
     }
     micro_batch_size, why_not = _choose(config, n_devices, max(fits.values()))
-    micro_steps = n_windows // micro_batch_size
+    micro_steps = config.train.global_batch_tokens // (micro_batch_size * config.data.seq_len * n_devices)
     sharings = [
         Sharing(name, _memory(config, each, n, micro_batch_size, n_devices), fits[name]) for name, each in ways.items()
     ]
-    flops = flops_per_token(n.total, config.model.gpt_config(), config.data.seq_len)
     if card is not None:
-        step = gpu_step_seconds(config, card, n, flops, n_devices, micro_steps)
+        rates = None
         peak, source = card.peak, f"MFU {card.mfu_of(n.total):.1%} of {card.name}, {card.source}"
         if words := slower_kernels(config)[1]:
             source += f"; {words}, {slower_kernels(config)[0]} of that (assumed)"
@@ -148,11 +150,23 @@ def make_plan(config: RunConfig, gpus: str | None = None, price: float | None = 
             source += "; links between cards assumed"
     else:
         rates = measure_rates(way.precision)
-        step = cpu_step_seconds(config, way, n, rates, micro_batch_size, micro_steps)
         peak = rates.products
         source = f"{rates.products / 1e9:,.0f} GFLOP/s and {rates.copy / 1e9:.0f} GB/s, measured now"
+
+    def flops_of(stage: RunConfig) -> int:  # a token
+        return flops_per_token(n.total, config.model.gpt_config(), stage.data.seq_len)
+
+    def seconds_of(stage: RunConfig) -> float:  # an update
+        size = micro_batch_size * config.data.seq_len // stage.data.seq_len
+        n_micro_steps = stage.train.global_batch_tokens // (size * stage.data.seq_len * n_devices)
+        if rates is None:
+            assert card is not None
+            return gpu_step_seconds(stage, card, n, flops_of(stage), n_devices, n_micro_steps)
+        return cpu_step_seconds(stage, way, n, rates, size, n_micro_steps)
+
+    step, flops = seconds_of(config), flops_of(config)
     speed = config.train.global_batch_tokens / step
-    training = config.train.steps * step
+    training = sum(stage.train.steps * seconds_of(stage) for stage in _stages(config))
     measuring = measuring_tokens(config, way.device) / speed
     hours = (training + measuring + BEGIN[way.device]) / 3600
     size, kept = checkpoints(config, way, n)
@@ -163,7 +177,8 @@ def make_plan(config: RunConfig, gpus: str | None = None, price: float | None = 
         device_memory=room,
         parameters=n,
         flops_per_token=flops,
-        tokens=config.train.steps * config.train.global_batch_tokens,
+        flops=sum(stage.train.steps * stage.train.global_batch_tokens * flops_of(stage) for stage in _stages(config)),
+        tokens=config.train.tokens_before(config.train.steps),
         steps=config.train.steps,
         micro_batch_size=micro_batch_size,
         micro_steps=micro_steps,
@@ -207,6 +222,21 @@ def way_here(config: RunConfig, device: torch.device) -> Way:
     return Way(device.type, precision, is_compiled, attention)
 
 
+def _stages(config: RunConfig) -> list[RunConfig]:
+    """For each stage of the recipe's ramps one that is all of it, as many steps long."""
+    data, train = config.data, config.train
+    ramps = ((len(data.seq_len_ramp), data.seq_len_ramp_steps), (len(train.batch_ramp), train.batch_ramp_steps))
+    edges = {number * steps for n_stages, steps in ramps for number in range(n_stages + 1)}
+    return [
+        replace(
+            config,
+            data=replace(data, seq_len=data.seq_len_at(first), seq_len_ramp=[]),
+            train=replace(train, steps=last - first, global_batch_tokens=train.tokens_of_step(first), batch_ramp=[]),
+        )
+        for first, last in pairwise([*sorted(edge for edge in edges if edge < train.steps), train.steps])
+    ]
+
+
 def _memory(config: RunConfig, way: Way, n: Parameters, micro_batch_size: int, n_devices: int) -> Memory:
     accumulates = config.train.global_batch_tokens > micro_batch_size * config.data.seq_len * n_devices
     return memory_of(config, way, n, micro_batch_size, accumulates)
@@ -232,7 +262,7 @@ def _choose(config: RunConfig, n_devices: int, fits: int) -> tuple[int, str]:
     asked = config.train.micro_batch_size
     if not fits:
         return 1, "not even one window fits: try --train.gradient_checkpointing true, or more or larger cards"
-    if config.train.global_batch_tokens % (asked * config.data.seq_len * n_devices):
+    if any(batch % (asked * config.data.seq_len * n_devices) for batch in config.train.batches):
         why_not = f"the recipe's {asked} does not divide the batch"
     elif asked > fits:
         why_not = f"the recipe's {asked} does not fit"
@@ -254,7 +284,7 @@ def checkpoints(config: RunConfig, way: Way, n: Parameters) -> tuple[float, int]
 
 def _data(config: RunConfig) -> tuple[int | None, float, float | None]:
     """Tokens to train on, bytes of the data, and epochs; of data that is not here the bytes one epoch would need."""
-    needed = config.train.steps * config.train.global_batch_tokens
+    needed = config.train.tokens_before(config.train.steps)
     if not Path(config.data.path).is_dir():
         return None, 2.0 * needed, None
     try:
@@ -269,14 +299,16 @@ def _data(config: RunConfig) -> tuple[int | None, float, float | None]:
 def text(plan: Plan, config: RunConfig) -> str:
     """A plan on one page."""
     n, seq_len = plan.parameters, config.data.seq_len
+    fewest, most = config.train.batches[0], config.train.batches[-1]
+    batches = f"{most:,}" if fewest == most else f"{fewest:,} to {most:,}"
     lines = [
         ("machine", f"{plan.machine}, {plan.device_memory / 2**30:,.1f} GiB" + (" each" if plan.n_devices > 1 else "")),
         (
             "model",
             f"{n.total:,} parameters, {n.total - n.embeddings:,} without embeddings; {plan.flops_per_token / 1e6:,.0f} "
-            f"MFLOPs a token (6 N + 12 L C T), {plan.flops_per_token * plan.tokens:.3g} in all",
+            f"MFLOPs a token (6 N + 12 L C T), {plan.flops:.3g} in all",
         ),
-        ("run", f"{plan.steps:,} steps of {config.train.global_batch_tokens:,} tokens = {_short(plan.tokens)} tokens"),
+        ("run", f"{plan.steps:,} steps of {batches} tokens = {_short(plan.tokens)} tokens"),
         ("batch", _batch(plan, seq_len)),
         ("", ""),
         *_memory_table(plan),

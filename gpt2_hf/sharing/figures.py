@@ -93,6 +93,7 @@ def _of_run(path: Path, weights: str, price: float | None, data: Path | None) ->
         "steps": config.get("train", {}).get("steps"),
         "tokens": latest.get("tokens_seen"),
         "batch_tokens": config.get("train", {}).get("global_batch_tokens"),
+        **{name: value for name in ("batch_ramp", "batch_ramp_steps") if (value := config.get("train", {}).get(name))},
         "recipe": _recipe(config),
         "last": _last(latest, config, starts),
         "begun_from": _begun_from(starts),

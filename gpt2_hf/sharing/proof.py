@@ -27,6 +27,7 @@ from ..evaluation.hellaswag import HellaSwag, load_hellaswag
 from ..evaluation.validation import validation_loss
 from ..program import UserError
 from ..runs import STOCK_FILES, find_model, weights_hash
+from ..schedules import sum_before
 from .card import eval_results, generated_part, marked
 from .figures import FIGURES, FORMAT, count_parameters, gather
 from .hub import fetch, hub_errors
@@ -114,7 +115,8 @@ def _findings(path: Path, staged: Path, record: dict[str, Any], data: Path | Non
     yield _compare("parameters", record["parameters"], count_parameters(Folder(staged)))
     run = record["run"] or {}
     if run.get("batch_tokens") and run.get("tokens") is not None:
-        yield _compare("tokens", run["tokens"], run["step"] * run["batch_tokens"])
+        stages = run.get("batch_ramp", []), run.get("batch_ramp_steps", 0), run["batch_tokens"]
+        yield _compare("tokens", run["tokens"], sum_before(run["step"], *stages))
     yield from _text(path, record)
     model, tokenizer = load_folder(staged, hardware.pick_device("auto"))
     known: dict[Any, dict[str, float]] = {}

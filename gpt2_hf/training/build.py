@@ -286,7 +286,7 @@ def build_throughput(config: RunConfig, accelerator: Accelerator, model: GPTForC
         f"{flops(config.train.steps) / 1e6:,.0f} MFLOPs a token"
     )
     settle = torch.cuda.synchronize if accelerator.device.type == "cuda" else None
-    return Throughput(config.train.global_batch_tokens, flops, accelerator.num_processes * peak, settle)
+    return Throughput(config.train.tokens_before, flops, accelerator.num_processes * peak, settle)
 
 
 def open_log(
@@ -308,22 +308,24 @@ def open_log(
     if config.train.trackers and accelerator.is_main_process:
         settings = {name: str(value) for name, value in flat(mask(config.to_yaml())).items()}
         trackers = Trackers(accelerator, run_dir, settings, is_new=start.checkpoint is None)
-    steps, batch = config.train.steps, config.train.global_batch_tokens
+    steps, batch, tokens_before = config.train.steps, config.train.global_batch_tokens, config.train.tokens_before
     if start.checkpoint:
         accelerator.print(f"resuming from {start.checkpoint}")
-    epochs = steps * batch / tokens_an_epoch
+    epochs = tokens_before(steps) / tokens_an_epoch
     accelerator.print(
         f"{data.n_tokens:,} training tokens; steps {start.step:,} to {steps:,} of {batch:,} tokens = "
         f"{config.train.micro_batch_size} x {config.data.seq_len} x {accelerator.num_processes} processes x "
         f"{config.grad_accum_steps(accelerator.num_processes)} accumulated; {epochs:.2f} epochs"
     )
-    if lengths := config.data.seq_len_ramp:
-        accelerator.print(
-            f"the first {config.data.seq_len_ramp_steps:,} steps are of windows of {lengths[0]} tokens"
-            + "".join(f", as many of {length}" for length in lengths[1:])
-        )
+    for what, ramp, n_steps in (
+        ("updates", config.train.batch_ramp, config.train.batch_ramp_steps),
+        ("windows", config.data.seq_len_ramp, config.data.seq_len_ramp_steps),
+    ):
+        if ramp:
+            sizes = ", then ".join(f"{size:,}" for size in ramp)
+            accelerator.print(f"to begin with, {what} of {sizes} tokens, {n_steps:,} steps each")
     is_owed = start.owed is not None
-    log = RunLog(run_dir, start.step, steps, batch, accelerator.is_main_process, trackers, drops_start=is_owed)
+    log = RunLog(run_dir, start.step, steps, tokens_before, accelerator.is_main_process, trackers, drops_start=is_owed)
     if start.rewind and start.rewind.step == start.step:
         log.go_back(start.step, start.rewind.row())
     if accelerator.is_main_process:

@@ -99,7 +99,7 @@ class KernelCheck:
     ):
         self.config, self.data, self.accelerator, self.model, self.dtype = config, data, accelerator, model, dtype
         size, seq_len = config.train.micro_batch_size, config.data.seq_len
-        first = start.data_offset + start.step * (config.train.global_batch_tokens // seq_len)
+        first = start.data_offset + config.train.tokens_before(start.step) // seq_len
         windows = torch.from_numpy(stream.batch(first, size).astype(np.int64))
         seq_len = config.data.seq_len_at(start.step)
         windows = cut(windows, seq_len)

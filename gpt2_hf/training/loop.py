@@ -212,7 +212,8 @@ def train_step(
     is called between micro-steps, where the weights are still those of the last step.
     """
     n_micro_steps, micro_batch_size, _ = batch.shape
-    first_sample = (step * accelerator.num_processes + accelerator.process_index) * n_micro_steps * micro_batch_size
+    first_sample = config.train.tokens_before(step) // config.data.seq_len
+    first_sample += accelerator.process_index * n_micro_steps * micro_batch_size
     seq_len = config.data.seq_len_at(step)
     total = torch.zeros((), device=accelerator.device)
     for micro_step, on_host in enumerate(batch):

@@ -46,7 +46,7 @@ class Throughput:
     """Tokens per second and MFU of training alone.
 
     Args:
-        tokens_per_step: over all processes.
+        tokens_before: over all processes, in the first so many steps.
         flops_per_token: in the step after so many, from which on all up to the next restart are alike.
         peak: of all processes' devices, in FLOP/s. A rate above it, which a peak measured in a bad moment allows, takes
             its place: no machine does more than it can.
@@ -55,12 +55,12 @@ class Throughput:
 
     def __init__(
         self,
-        tokens_per_step: int,
+        tokens_before: Callable[[int], int],
         flops_per_token: Callable[[int], float],
         peak: float,
         settle: Callable[[], None] | None = None,
     ):
-        self.tokens_per_step = tokens_per_step
+        self.tokens_before = tokens_before
         self.flops_per_token = flops_per_token
         self.peak = peak
         self._settle = settle
@@ -76,7 +76,8 @@ class Throughput:
         """``tokens_per_sec`` and ``mfu`` since the last call or restart; nothing when no step lies between."""
         row = {}
         if self._since and step > self._since[0]:
-            rate = (step - self._since[0]) * self.tokens_per_step / (time.perf_counter() - self._since[1])
+            n_tokens = self.tokens_before(step) - self.tokens_before(self._since[0])
+            rate = n_tokens / (time.perf_counter() - self._since[1])
             flops = rate * self.flops_per_token(self._since[0])
             self.peak = max(self.peak, flops)
             row = {"tokens_per_sec": round(rate, 1), "mfu": round(flops / self.peak, 4)}
@@ -97,12 +98,12 @@ class RunLog:
         run_dir: Path,
         start_step: int,
         total_steps: int,
-        tokens_per_step: int,
+        tokens_before: Callable[[int], int],
         enabled: bool,
         trackers: Trackers | None = None,
         drops_start: bool = False,
     ):
-        self.tokens_per_step = tokens_per_step
+        self.tokens_before = tokens_before
         self.enabled = enabled
         self.trackers = trackers
         print_any_character()
@@ -139,7 +140,7 @@ class RunLog:
         """Write a row, if there is anything in it, hand it to the trackers, and show its main figures."""
         if not (row and self.enabled):
             return
-        row = {"step": step, "tokens_seen": step * self.tokens_per_step, **row}
+        row = {"step": step, "tokens_seen": self.tokens_before(step), **row}
         self.rows.write(row)
         if self.trackers:
             self.trackers.write({key: value for key, value in row.items() if not isinstance(value, list)}, step)

@@ -45,8 +45,8 @@ def rewind(parts: Parts, trouble: Diverged) -> Parts:
             before = step
             continue
 
-        samples_per_step = config.train.global_batch_tokens // config.data.seq_len
-        data_offset = parts.start.data_offset + (came_to - step) * samples_per_step
+        n_tokens = config.train.tokens_before(came_to) - config.train.tokens_before(step)
+        data_offset = parts.start.data_offset + n_tokens // config.data.seq_len
         record = Rewind(step=step, rewound_from=came_to, data_offset=data_offset, times=times)
         log.say(f"{trouble}: going back to {place}, and passing over the data of steps {step + 1} to {came_to}")
         parts.host.first(partial(_record, folder.path, record, log.say))

@@ -60,11 +60,10 @@ class DataSeen:
     _again: float = 0.0
     _seen: dict[int, int] = field(default_factory=dict)  # fingerprint -> what decides whether it is looked at
     _thin: int = 1  # one in PICKED times so many places is looked at
-    _n_windows: int = 1
-    # Of the present block, mean and variance of the share of each bucket in a window; of all blocks before, sums of
-    # their means, the squares of these, and the variances.
-    _block: np.ndarray = field(default_factory=lambda: np.zeros((2, BUCKETS)))
-    _sums: np.ndarray = field(default_factory=lambda: np.zeros((3, BUCKETS)))
+    # Of the present block, mean and variance of the share of each bucket in a window, and the variance of a mean of as
+    # many random windows; of all blocks before, sums of their means, the squares of these, and the other two.
+    _block: np.ndarray = field(default_factory=lambda: np.zeros((3, BUCKETS)))
+    _sums: np.ndarray = field(default_factory=lambda: np.zeros((4, BUCKETS)))
 
     def note(self, batch: Tensor) -> None:
         """Take in a step's share, (grad_accum_steps, B, T + 1) int64 on the host."""
@@ -92,9 +91,9 @@ class DataSeen:
         n_blocks = self.n_steps // BLOCK
         if self.n_steps < ENOUGH_STEPS:
             return 1.0, 0.0
-        mean, squares, single = self._sums / n_blocks
+        mean, squares, single, random = self._sums / n_blocks
         between = float((squares - mean**2).sum()) * n_blocks / (n_blocks - 1)
-        expected, within = float(single.sum()) / self._n_windows / BLOCK, float(single.sum())
+        expected, within = float(random.sum()), float(single.sum())
         return (between / expected, (between - expected) / within) if within > 0 else (1.0, 0.0)
 
     def _compare(self, windows: np.ndarray) -> None:
@@ -119,11 +118,11 @@ class DataSeen:
             return
         places = (windows % BUCKETS) + np.arange(n)[:, None] * BUCKETS
         profiles = np.bincount(places.ravel(), minlength=n * BUCKETS).reshape(n, BUCKETS) / length
-        self._n_windows = n
-        self._block += np.stack([profiles.mean(0), profiles.var(0, ddof=1)]) / BLOCK
+        variances = profiles.var(0, ddof=1)
+        self._block += np.stack([profiles.mean(0), variances, variances / n / BLOCK]) / BLOCK
         if self.n_steps % BLOCK == 0:
-            mean, single = self._block
-            self._sums += np.stack([mean, mean**2, single])
+            mean, single, random = self._block
+            self._sums += np.stack([mean, mean**2, single, random])
             self._block[:] = 0
 
 
@@ -254,7 +253,7 @@ class Track:
     @property
     def _repeated(self) -> float:
         """The share of what was read that had been read before: as seen, or by the size of the data."""
-        epochs = self._step * self.config.train.global_batch_tokens / self._n_tokens
+        epochs = self.config.train.tokens_before(self._step) / self._n_tokens
         seen = self._data.repeated if self._data.n_steps >= ENOUGH_STEPS else 0.0
         return max(seen, 1 - 1 / max(epochs, 1))
 

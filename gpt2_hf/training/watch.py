@@ -200,7 +200,7 @@ class Watch:
             loss = self.model(**told, **apart).loss.float().mean()
         self.model.train()
         value = float(self.accelerator.reduce(loss, "mean"))
-        n_windows = self.config.train.global_batch_tokens / self.config.data.seq_len
+        n_windows = self.config.train.tokens_of_step(step - 1) / self.config.data.seq_len
         n_fewer = max(1.0, n_windows / (min(TRIAL_WINDOWS, batch.shape[1]) * self.accelerator.num_processes))
         is_doubtful = value > self.past.above(FAR_OFF, n_fewer)
         is_last = step == self.config.train.steps
@@ -228,7 +228,7 @@ def advice_on_memory(config: RunConfig, world_size: int) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         size = config.train.micro_batch_size
-        samples = config.train.global_batch_tokens // config.data.seq_len // world_size
+        samples = math.gcd(*config.train.batches) // config.data.seq_len // world_size
         smaller = max((b for b in range(1, size) if samples % b == 0), default=None)
         same = "the global batch stays the same, and so does the curve but for what dropout drops"
         same = same if config.model.dropout else "the global batch and the curve stay the same"

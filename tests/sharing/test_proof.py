@@ -68,6 +68,15 @@ def test_true_figures_are_found_true(published, capsys):
     assert prove(str(folder)) and "not tried val_loss" in capsys.readouterr().out.replace("  ", " ")
 
 
+def test_tokens_of_a_run_whose_batches_grew(published, tmp_path, capsys):
+    folder = copy_of(published, tmp_path)
+    record = json.loads((folder / "figures.json").read_text())
+    for ramp, is_true in (([50], True), ([60], False)):  # 4 x 50 + 4 x 150 = 800
+        record["run"] |= {"batch_tokens": 150, "batch_ramp": ramp, "batch_ramp_steps": 4}
+        (folder / "figures.json").write_text(json.dumps(record))
+        assert ("tokens" not in differing(folder, None, capsys)) == is_true
+
+
 def test_the_card_has_what_the_records_say_and_no_place_of_this_machine(published):
     folder, data = published
     card = (folder / "README.md").read_text()

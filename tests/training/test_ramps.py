@@ -16,20 +16,25 @@ from test_train import losses, run, tiny, with_steps
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM
 
-from gpt2_hf.config import DataSection, RunConfig
+from gpt2_hf.config import DataSection, RunConfig, TrainSection, flat
 from gpt2_hf.corpus.inspection import inspect_data
 from gpt2_hf.data.shards import open_split
-from gpt2_hf.data.stream import TokenStream, cut
+from gpt2_hf.data.stream import StepLoader, TokenStream, cut
 from gpt2_hf.knobs import ConfigError
 from gpt2_hf.model import GPTForCausalLM
 from gpt2_hf.planning.plan import make_plan
+from gpt2_hf.planning.plan import text as plan_text
+from gpt2_hf.reference import _incomparable
+from gpt2_hf.schedules import in_stages, sum_before
 from gpt2_hf.training import checkpoint
 from gpt2_hf.training import loop as training
 from gpt2_hf.training.build import Parts, build_model
 from gpt2_hf.training.loop import train, train_step
 from gpt2_hf.training.measures import build_document_mask
+from gpt2_hf.training.watch import advice_on_memory
 
 LENGTHS = {"data__seq_len_ramp": [8, 16], "data__seq_len_ramp_steps": 3}
+BATCHES = {"train__batch_ramp": [8 * 32], "train__batch_ramp_steps": 4}
 
 
 def numbered(n: int, seq_len: int) -> torch.Tensor:
@@ -152,15 +157,26 @@ def test_each_length_is_compiled_once(data, tmp_path, monkeypatch):
     torch._dynamo.reset()
 
 
-def test_a_run_resumed_in_any_stage_equals_one_that_ran_through(data, tmp_path):
-    config = tiny(data, tmp_path / "a", **LENGTHS, model__dropout=0.1, train__steps=9, checkpoint__save_every=100)
-    straight = run(config)
-    assert len(losses(straight)) == 9 and [row["tokens_seen"] for row in straight if "train_loss" in row][-1] == 9 * 512
+def test_a_run_resumed_in_any_stage_equals_one_that_ran_through(data, tmp_path, capsys):
+    ramps = {**LENGTHS, **BATCHES}
+    config = tiny(data, tmp_path / "a", **ramps, model__dropout=0.1, train__steps=9, checkpoint__save_every=100)
+    straight, said = run(config), capsys.readouterr().out
+    assert [row["tokens_seen"] for row in straight] == [256, 512, 768, 1024, 1536, 2048, 2560, 3072, 3584]
+    assert [row["step"] for row in straight if "tokens_per_sec" in row] == [2, 3, 5, 6, 8, 9]  # of one length each
+    epochs = 3584 / open_split(data, "train").n_tokens
+    assert f"2 accumulated; {epochs:.2f} epochs\nto begin with, updates of 256 tokens, 4 steps each\n" in said
+    assert "to begin with, windows of 8, then 16 tokens, 3 steps each\n" in said
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=str(tmp_path / "b")))
-    for stop in (1, 3, 5, 6):  # within stages, and at their ends
+    for stop in (1, 3, 4, 5, 6):  # within stages, and at their ends
         run_up_to(config, stop)
-    other = dataclasses.replace(config, data=dataclasses.replace(config.data, seq_len_ramp=[16]))
-    with pytest.raises(ConfigError, match=r"another data.seq_len_ramp \(\[8, 16\], now \[16\]\).*--resume.force"):
+    other = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, seq_len_ramp=[16]),
+        train=dataclasses.replace(config.train, batch_ramp_steps=5),
+    )
+    with pytest.raises(
+        ConfigError, match=r"another data.seq_len_ramp \(\[8, 16\], now \[16\]\), another train.batch_r"
+    ):
         train(other)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert losses(run(config)) == losses(straight)
@@ -193,11 +209,6 @@ def test_a_higher_loss_of_longer_windows_is_no_spike():
         assert feed(seen, [5.0] * 10, 51).get("loss_spikes", 0) == spikes
 
 
-def test_speed_is_that_of_one_length(data, tmp_path):
-    rows = run(tiny(data, tmp_path / "run", **LENGTHS, train__steps=9))
-    assert [row["step"] for row in rows if "tokens_per_sec" in row] == [2, 3, 5, 6, 8, 9]
-
-
 def test_windows_at_document_starts_in_a_run(data, tmp_path, capsys):
     """Trained on in their order, looked at in the same, and counted as they are read."""
     config = tiny(data, tmp_path / "run", data__document_starts=True, train__steps=2, eval__val_every=2)
@@ -214,3 +225,118 @@ def test_windows_at_document_starts_in_a_run(data, tmp_path, capsys):
     assert batch.windows == stream.batch(0, 2).tolist()
     state = json.loads((tmp_path / "run/checkpoints/step-00000002/trainer_state/state.json").read_text())
     assert state["data.document_starts"] is True
+
+
+# Batches
+
+
+@pytest.mark.parametrize(("first", "steps"), [([], 0), ([], 3), ([5], 1), ([2, 4], 3), ([1, 2, 3], 10)])
+def test_sums_over_stages_are_sums(first, steps):
+    values = [in_stages(step, first, steps, 7) for step in range(50)]
+    assert values[: len(first) * steps] == [value for value in first for _ in range(steps)]
+    assert set(values[len(first) * steps :]) == {7}
+    assert [sum_before(step, first, steps, 7) for step in range(51)] == [sum(values[:step]) for step in range(51)]
+    assert sum_before(10**9, first, steps, 7) == sum(values) + 7 * (10**9 - 50)
+
+
+@pytest.mark.parametrize(
+    ("ramp", "steps", "words"),
+    [
+        ([512, 256], 5, r"train.batch_ramp \[512, 256\] must increase"),
+        ([1024], 5, "stay below train.global_batch_tokens 1024"),
+        ([256], 0, "train.batch_ramp needs train.batch_ramp_steps"),
+    ],
+)
+def test_batches_that_cannot_be(data, tmp_path, ramp, steps, words):
+    with pytest.raises(ConfigError, match=words):
+        tiny(data, tmp_path, train__global_batch_tokens=1024, train__batch_ramp=ramp, train__batch_ramp_steps=steps)
+
+
+def test_batches_that_do_not_fit(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"leave train\.batch_ramp out"):
+        tiny(data, tmp_path, **BATCHES, train__overfit_batch=True)
+    config = tiny(data, tmp_path, **{**BATCHES, "train__batch_ramp": [256, 300]})
+    with pytest.raises(ConfigError, match=r"train\.batch_ramp 300 is not a multiple .* that work are 256 and 512"):
+        config.grad_accum_steps(1)
+    with pytest.raises(ConfigError, match=r"train\.batch_ramp 256 is not a multiple of .* 8 x 32 x 2 = 512"):
+        tiny(data, tmp_path, **BATCHES).grad_accum_steps(2)
+    assert tiny(data, tmp_path, **BATCHES).grad_accum_steps(1) == 2
+
+
+def sizes_of(step: int) -> int:
+    return 4 if step < 3 else 8 if step < 6 else 16
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("first", [0, 2, 3, 6, 7])
+def test_growing_batches_read_the_same_samples(data, world_size, first):
+    """All steps' batches on end are the samples in their order, from wherever one begins, on any number of ranks."""
+    stream = TokenStream(open_split(data, "train"), 32, 7)
+    sizes = {"global_batch_size": 16, "micro_batch_size": 2, "batch_ramp": [4, 8], "batch_ramp_steps": 3}
+    ranks = []
+    for rank in range(world_size):
+        with StepLoader(stream, first, 9, **sizes, data_offset=5, rank=rank, world_size=world_size) as steps:
+            ranks.append(list(steps))
+    for step, shares in enumerate(zip(*ranks, strict=True), first):
+        assert [share.shape for share in shares] == [(sizes_of(step) // 2 // world_size, 2, 33)] * world_size
+    found = torch.cat([share.flatten(0, 1) for shares in zip(*ranks, strict=True) for share in shares])
+    before = 5 + sum(map(sizes_of, range(first)))
+    assert torch.equal(found, torch.from_numpy(stream.batch(before, len(found)).astype(np.int64)))
+
+
+def test_a_stage_that_does_not_divide_is_refused(data):
+    sizes = {"global_batch_size": 16, "micro_batch_size": 2, "batch_ramp": [6], "batch_ramp_steps": 3}
+    with pytest.raises(ValueError, match="global_batch_size 6 is not a multiple"):
+        StepLoader(TokenStream(open_split(data, "train"), 32, 7), 0, 9, **sizes, world_size=2)
+
+
+def test_dropout_is_seeded_by_the_sample(data, tmp_path, monkeypatch):
+    config = tiny(data, tmp_path, **BATCHES, model__dropout=0.1, train__micro_batch_size=4)
+    seeded = []
+    monkeypatch.setattr(training, "seed_dropout", lambda seed, step, sample: seeded.append((step, sample)))
+    for step in (0, 3, 4, 5):
+        n = config.train.tokens_of_step(step) // 32
+        gradients(config, text(n // 4), step)
+    assert seeded == [(0, 0), (0, 4), (3, 24), (3, 28), *((4, 32 + 4 * i) for i in range(4)),
+                      *((5, 48 + 4 * i) for i in range(4))]  # fmt: skip
+
+
+def test_memory_advice_divides_all_stages(data, tmp_path):
+    config = tiny(data, tmp_path, train__global_batch_tokens=24 * 32, train__batch_ramp=[8 * 32],
+                  train__batch_ramp_steps=1)  # fmt: skip
+    with pytest.raises(ConfigError, match=r"try --train\.micro_batch_size 4:"), advice_on_memory(config, 1):
+        raise torch.OutOfMemoryError
+
+
+def test_a_plan_adds_up_the_stages():
+    """Of 10 steps each: a quarter of the batch in short windows, half of it in short ones, all of it in long ones."""
+    ramps = {"batch_ramp": [131_072, 262_144], "batch_ramp_steps": 10}
+    config = RunConfig(
+        data=DataSection(seq_len_ramp=[256], seq_len_ramp_steps=20), train=TrainSection(steps=30, **ramps)
+    )
+    plan = make_plan(config, "2xH100")
+    stages = []
+    for tokens, length in ((131_072, 256), (262_144, 256), (524_288, 1024)):
+        size = 64 * 1024 // length
+        train = TrainSection(steps=10, global_batch_tokens=tokens, micro_batch_size=size)
+        stages.append(make_plan(RunConfig(data=DataSection(seq_len=length), train=train), "2xH100"))
+    assert plan.tokens == sum(stage.tokens for stage in stages) == 10 * (131_072 + 262_144 + 524_288)
+    assert plan.flops == sum(stage.flops for stage in stages) < plan.tokens * plan.flops_per_token
+    assert plan.training_seconds == pytest.approx(sum(stage.training_seconds for stage in stages))
+    assert plan.step_seconds == stages[-1].step_seconds and plan.micro_steps == 4
+    assert "30 steps of 131,072 to 524,288 tokens = 9.18M tokens" in plan_text(plan, config)
+    assert (131_072 // 1024 // 2) % plan.micro_batch_size == 0
+
+
+def test_the_first_batch_that_is_shown_is_that_of_the_first_stage(data, tmp_path):
+    config = tiny(data, tmp_path, **BATCHES)
+    batch = inspect_data(data, config, sample=10).first_batch
+    assert (batch.micro_steps, batch.micro_batch_size) == (1, 8)
+    assert batch.epochs == pytest.approx((4 * 256 + 16 * 512) / open_split(data, "train").n_tokens)
+
+
+def test_a_reference_of_other_batches_is_none(data, tmp_path):
+    recipe = flat(tiny(data, tmp_path).to_yaml())
+    assert _incomparable(tiny(data, tmp_path), recipe) is None
+    assert _incomparable(tiny(data, tmp_path, **BATCHES), recipe) == "train.batch_ramp ([], here [256])"
+    assert _incomparable(tiny(data, tmp_path, **LENGTHS), recipe) == "data.seq_len_ramp ([], here [8, 16])"

@@ -1,6 +1,7 @@
 """Training that goes wrong in its middle: steps are skipped, the run goes back and past the data, or it stops."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -85,6 +86,19 @@ def flat(data: Path, run_dir: Path, **changes) -> RunConfig:
         "checkpoint__save_every": 12,
     }
     return tiny(data, run_dir, **{**settings, **changes})
+
+
+def test_data_passed_over_while_batches_grow(data, tmp_path, monkeypatch):
+    """Back from step 25 to 12, over an edge: all samples come once, in their order, in steps of the size of each."""
+    harm = Harm(monkeypatch, worse_weights, {23})
+    rows = run(flat(data, tmp_path / "run", train__batch_ramp=[8 * 32], train__batch_ramp_steps=14))
+    assert [row["data_offset"] for row in rows if "rewound_from" in row] == [2 * 8 + 11 * 16]
+    steps = [step for step, _ in harm.seen]
+    assert steps == [*range(1, 26), *range(13, 31)]
+    firsts = itertools.accumulate([8 if step <= 14 else 16 for step in steps[:-1]], initial=0)
+    stream = TokenStream(open_split(data, "train"), 32, 1337)
+    assert [tokens for _, tokens in harm.seen] == [stream.batch(first, 1)[0].tolist() for first in firsts]
+    assert rows[-1]["tokens_seen"] == 14 * 256 + 16 * 512
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -278,7 +278,7 @@ def test_a_console_that_lacks_a_character(tmp_path, monkeypatch, encoding):
     monkeypatch.setattr(sys, "stderr", err)
     run_dir = tmp_path / "läuft ✓"
     run_dir.mkdir()
-    log = RunLog(run_dir, 0, 10, 100, enabled=True)
+    log = RunLog(run_dir, 0, 10, lambda step: 100 * step, enabled=True)
     log.write(1, {"samples": ["naïve 你好 \U0001f600"]})
     log.close()
     out.flush()

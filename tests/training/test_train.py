@@ -486,7 +486,7 @@ def test_accumulation_from_the_environment_is_refused(data, tmp_path, monkeypatc
 def test_throughput_counts_training_only(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    meter = Throughput(tokens_per_step=100, flops_per_token=lambda step: 6.0, peak=6000)
+    meter = Throughput(lambda step: 100 * step, flops_per_token=lambda step: 6.0, peak=6000)
     assert meter.measure(1) == {}  # holds compilation
     now[0] = 2.0
     assert meter.measure(5) == {"tokens_per_sec": 200.0, "mfu": 0.2}
@@ -500,7 +500,7 @@ def test_mfu_never_exceeds_one(monkeypatch):
     """A peak measured in a bad moment gives way to what training reaches, for all steps to come."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    meter = Throughput(tokens_per_step=100, flops_per_token=lambda step: 6.0, peak=300)
+    meter = Throughput(lambda step: 100 * step, flops_per_token=lambda step: 6.0, peak=300)
     meter.restart(0)
     mfus = []
     for step, now[0] in enumerate((1.0, 1.5, 2.5, 12.5), 1):  # 100, 200, 100 and 10 tokens/s

@@ -147,6 +147,8 @@ IDENTITY = {
     "optim.name": "muon",
     "train.seed": 3,
     "train.global_batch_tokens": 8 * 32,
+    "train.batch_ramp": [8 * 32],
+    "train.batch_ramp_steps": 3,
     "train.overfit_batch": True,
 }
 APPLIED = {
