@@ -183,6 +183,7 @@ def test_every_knob_is_used_by_a_recipe_or_has_a_stated_reason():
         "vector_lr": "ablations: each role by itself",
         "vector_weight_decay": "ablations: each role by itself",
         "embedding_betas": "ablations: each role by itself",
+        "vector_betas": "ablations: each role by itself",
         "embedding_weight_decay": "ablations: each role by itself",
         "cautious_decay": "worth little on small models: docs/recipe.md",
         "decay_follows_lr": "worth little on small models: docs/recipe.md",
