@@ -137,7 +137,7 @@ class Watch:
     def _judge(self, step: int, loss: float, norm: float) -> None:
         self._last = loss, norm
         past = self.past
-        if self.config.data.begins_seq_len(step - 1):
+        if step > 1 and self.config.data.begins_seq_len(step - 1):
             past.losses.clear()  # at positions that the model has not seen yet, losses are higher
         if not math.isfinite(norm):  # nor is the loss, or it is no matter
             self._counts["skipped_steps"] += 1
