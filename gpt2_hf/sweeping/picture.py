@@ -50,7 +50,7 @@ def build_figure(sweep: Sweep, rows: Sequence[Row], outcomes: Mapping[str, Mappi
     colors = _colors(sweep, rows, lines)
     _draw_curves(curves, sweep, rows, outcomes, lines, colors)
     if knob:
-        _draw_over_knob(finals, rows, knob, lines, colors)
+        _draw_over_knob(finals, sweep, rows, knob, lines, colors)
     else:
         _draw_finals(finals, sweep, rows, colors)
     return figure
@@ -101,7 +101,7 @@ def _draw_curves(
         best.setdefault(colors[row.candidate.name], row.candidate.name)
     best.pop(OTHER_COLOR, None)
     shown = [row for row in finished if row.candidate == baseline or row.candidate.name in best.values()]
-    inside, lowest, highest = _worth_showing(rows), math.inf, -math.inf
+    inside, lowest, highest = _worth_showing(rows, baseline), math.inf, -math.inf
     for row in shown:
         found, name = outcomes[row.candidate.name], row.candidate.name
         tokens, mean, spread = mean_curve([(found[seed].tokens, found[seed].losses) for seed in row.losses])
@@ -125,10 +125,15 @@ def _draw_curves(
 
 
 def _draw_over_knob(
-    axis: Axes, rows: Sequence[Row], knob: str, lines: Mapping[str, str], colors: Mapping[str, str]
+    axis: Axes,
+    sweep: Sweep,
+    rows: Sequence[Row],
+    knob: str,
+    lines: Mapping[str, str],
+    colors: Mapping[str, str],
 ) -> None:
     """Final losses over the knob's values, a line for each setting of everything else."""
-    inside = _worth_showing(rows)
+    inside = _worth_showing(rows, sweep.candidates[0])
     alone = len(set(lines.values())) == 1
     by_value = sorted(rows, key=lambda row: float(row.candidate.varied[knob]))
     for line in dict.fromkeys(lines.values()):
@@ -164,7 +169,8 @@ def _draw_over_knob(
 
 def _draw_finals(axis: Axes, sweep: Sweep, rows: Sequence[Row], colors: Mapping[str, str]) -> None:
     """Final losses with their standard errors, a line for each candidate, the best above."""
-    inside, baseline = _worth_showing(rows), sweep.candidates[0]
+    baseline = sweep.candidates[0]
+    inside = _worth_showing(rows, baseline)
     for i, row in enumerate(rows):
         color = colors[row.candidate.name]
         losses = [loss for loss in row.losses.values() if loss in inside]
@@ -188,13 +194,14 @@ def _draw_finals(axis: Axes, sweep: Sweep, rows: Sequence[Row], colors: Mapping[
     axis.set_title("final losses: seeds, and their mean ± standard error", fontsize=10)
 
 
-def _worth_showing(rows: Sequence[Row]) -> set[float]:
-    """The final losses without those far above: one of these would flatten the differences of all others."""
+def _worth_showing(rows: Sequence[Row], baseline: Candidate) -> set[float]:
+    """The final losses without those far above, which would flatten all differences; the baseline's stay."""
     losses = [loss for row in rows for loss in row.losses.values()]
     if not losses:
         return set()
     lowest, middle = min(losses), float(np.median(losses))
-    return {loss for loss in losses if loss <= lowest + 5 * (middle - lowest)}
+    own = {loss for row in rows if row.candidate == baseline for loss in row.losses.values()}
+    return own | {loss for loss in losses if loss <= lowest + 5 * (middle - lowest)}
 
 
 def _limits(losses: set[float]) -> tuple[float, float]:
