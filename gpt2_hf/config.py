@@ -130,8 +130,8 @@ class OptimSection(Knobs):
         embedding_lr: of the token embedding, instead of lr.
         position_lr: of the position embeddings, instead of lr.
         vector_lr: of biases and norms, instead of lr.
-        muon_lr: peak learning rate of Muon's parameters, in spectral units: the most by which a step changes a layer's
-            output, for an input of size 1. About 0.02 for models of any width.
+        muon_lr: peak learning rate of Muon's parameters, in spectral units: about the most by which a step changes
+            a layer's output, for an input of size 1. Near 0.02 for models of any width.
         muon_momentum: momentum of Muon (Nesterov).
         muon_split_qkv: orthogonalise query, key and value apart, instead of the one matrix that holds them.
         betas: AdamW's averaging coefficients.
@@ -454,12 +454,19 @@ class RunConfig(Knobs):
                 f"optim.warmup_steps {self.optim.warmup_steps} is not below train.steps {self.train.steps}: the "
                 f"learning rate only rises"
             )
-        if self.optim.name == "muon" and self.optim.muon_lr < 0.003:
+        if self.optim.name == "muon" and self.optim.muon_lr < 0.005:
             found.append(
                 f"optim.muon_lr {self.optim.muon_lr} is low: it is in spectral units, where about 0.02 suits all widths"
             )
         if self.optim.name == "muon" and not self.optim.weight_decay:
-            found.append("optim.weight_decay 0 lets Muon's matrices grow without end; about 0.1 ends lower")
+            found.append(
+                "optim.weight_decay 0 lets Muon's matrices grow without end, which long runs are said to pay for"
+            )
+        if (first := self.optim.ema**self.train.steps) > 0.01:
+            found.append(
+                f"optim.ema {self.optim.ema} remembers too much for {self.train.steps} steps: {first:.0%} of the final "
+                f"model would be the weights after the first step"
+            )
         data, train = self.data, self.train
         for name, n_steps, unreached in (
             ("data.seq_len_ramp", len(data.seq_len_ramp) * data.seq_len_ramp_steps, f"data.seq_len {data.seq_len}"),
@@ -485,6 +492,8 @@ class RunConfig(Knobs):
 
 def _check_ramp(name: str, ramp: list[int], steps: int, then_name: str, then: int) -> None:
     """Refuse stages that do not lead up to the value that comes after them, or have no length. Raises ConfigError."""
+    if steps and not ramp:
+        raise ConfigError(f"{name}_steps is {steps}, and there is no {name}: set both, or neither")
     if ramp and not steps:
         raise ConfigError(f"{name} needs {name}_steps, the number of steps of each of its {len(ramp)} stages")
     if any(after <= before for before, after in pairwise([*ramp, then])):

@@ -28,6 +28,7 @@ from typing import Any
 from .files import sha256, to_disk
 
 MANIFEST = "manifest.json"
+LAST_WEIGHTS = "last_weights"  # in a manifest, of a file with averaged weights: the hash of those it ended at
 TRAINER_STATE = "trainer_state"
 STATE = f"{TRAINER_STATE}/state.json"  # the step, and what run it is
 REWIND = "rewind.json"  # the last time that the run went back to a checkpoint
@@ -183,6 +184,20 @@ def same_weights(a: Path, b: Path) -> bool:
     return bool(names) and all(first.get(name) == second.get(name) for name in names)
 
 
+def is_final_of(checkpoint: Path, final: Path) -> bool:
+    """Whether ``final`` was written with a checkpoint's weights, or with the average that ended at them."""
+    try:
+        saved, made = read_manifest(checkpoint), read_manifest(final)
+    except (OSError, ValueError):
+        return False
+    names = {name for name in (saved | made) if name.endswith(".safetensors")}
+    return (
+        bool(names)
+        and names <= saved.keys() & made.keys()
+        and all(made[name].get(LAST_WEIGHTS, made[name]["sha256"]) == saved[name]["sha256"] for name in names)
+    )
+
+
 def weights_hash(folder: Path) -> str:
     """64 hex digits that a gpt2 folder's weight files have alone, read anew: figures are of these and of no others.
 
@@ -249,7 +264,7 @@ def final_problem(run: Path, newest: Path | None) -> str | None:
         return "final is not there"
     if problem := damage(final):
         return f"final is damaged: {problem}"
-    if newest is not None and not same_weights(newest, final):
+    if newest is not None and not is_final_of(newest, final):
         return f"final has other weights than {newest.name}"
     return None
 
@@ -293,7 +308,7 @@ def step_of(folder: Path) -> int | None:
         return None
     kept = saved_steps(run / "checkpoints") if (run / "checkpoints").is_dir() else {}
     if kept:
-        return max((step for step, path in kept.items() if same_weights(path, folder)), default=None)
+        return max((step for step, path in kept.items() if is_final_of(path, folder)), default=None)
     steps = [row["step"] for row in read_rows(run / "metrics.jsonl") if isinstance(row.get("step"), int)]
     return max(steps, default=None)
 

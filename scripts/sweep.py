@@ -1,6 +1,6 @@
 """Is one recipe better than another? Train each with several seeds, and compare: see the examples in docs/recipe.md.
 
-python scripts/sweep.py recipes/demo.yaml --grid optim.lr=1e-3,2e-3,4e-3 optim.muon_lr=0.01,0.02 --seeds 2 compares
+python scripts/sweep.py recipes/demo.yaml --grid optim.lr=1e-3,2e-3,4e-3 optim.muon_lr=0.01,0.02 compares
 knobs, python scripts/sweep.py --ab a.yaml b.yaml --seeds 4 two recipes. The first candidate is the baseline. Started
 again, the same command goes on where it was.
 """
@@ -22,9 +22,9 @@ def main() -> None:
     parser.add_argument("--grid", nargs="+", action="extend", default=[], metavar="KNOB=A,B", help=help)
     help = "settings of all runs, such as train.steps=500"
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KNOB=A", help=help)
-    help = "how many seeds (4 is 1,2,3,4), or which: a,b,c"
+    help = "how many seeds (4 is 1,2,3,4), or which: a,b,c; a verdict needs three"
     seeds = list[Annotated[int, Range(1, 10**6)]]
-    parser.add_knob("--seeds", metavar="N", kind=seeds, default="2", help=help)
+    parser.add_knob("--seeds", metavar="N", kind=seeds, default="3", help=help)
     parser.add_knob("--out", kind=path, help="folder for runs, table.md and sweep.png (default: runs/sweeps/RECIPE)")
     help = "runs at a time, which share the cores"
     parser.add_knob("--jobs", kind=Annotated[int, Range(1, 1000)], default=1, help=help)

@@ -27,9 +27,8 @@ window, is read only by chance; where documents are shorter than T, an epoch rea
 
 Global sample g, counted from the start of the run, is window g % n_windows of epoch g // n_windows. Step s takes
 samples sG ... (s + 1)G - 1 for a global batch of G (while batches grow, those after the last sample of step s - 1),
-across the end of an epoch if need be, and each rank takes its own
-slice of those: no sample depends on how many ranks there are. A run that has passed over data, because it diverged
-there, takes all later samples by so many further on.
+across the end of an epoch if need be, and each rank takes its own slice of those: no sample depends on how many ranks
+there are. A run that has passed over data, because it diverged there, takes all later samples by so many further on.
 """
 
 import mmap

@@ -16,7 +16,7 @@ from .outcomes import Outcome
 
 # Where candidates differ in one of these, their losses are of different text, or of another share of it.
 OF_THE_TEXT = ("data.path", "data.seq_len", "data.document_mask", "eval.val_tokens")
-OF_THE_LENGTH = ("train.steps", "train.global_batch_tokens")
+OF_THE_LENGTH = ("train.steps", "train.global_batch_tokens", "train.batch_ramp", "train.batch_ramp_steps")
 HEADERS = ("candidate", "seeds", "val_loss", "±", "difference", "±", "p", "p (Holm)", "verdict", "tokens")
 
 

@@ -118,7 +118,7 @@ def start(sweep: Sweep, candidate: Candidate, seed: int, command: Sequence[str],
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path}
     if jobs > 1:
-        environment["OMP_NUM_THREADS"] = str(max(1, _n_cores() // jobs))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, _n_cores() // jobs)))
     with log.open("ab") as file:
         file.write(f"{STARTED}{time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n".encode())
         file.flush()

@@ -35,7 +35,7 @@ from ..model.modeling_gpt import ResidualProjection
 from ..model.versions import check_first_step
 from ..reference import find_curve
 from . import checkpoint
-from .distributed import Host, distribute, hide_shards_from_accelerate, sharding_mesh
+from .distributed import Host, distribute, hide_shards_from_accelerate, local, settle, sharding_mesh
 from .heart import collective_timeout
 from .initial import InitialWeights, find_initial_weights, load_initial_weights, model_config
 from .kernels import KernelCheck
@@ -98,7 +98,7 @@ def build(
     initial = None if start.checkpoint else host.first(lambda: find_initial_weights(config))
     bare_model = build_model(config, start.checkpoint, accelerator, precision, initial)
     is_random = start.checkpoint is None and initial is None
-    init = odd_weights(bare_model) if curve and is_random and not config.model.zero_init else ""
+    init = odd_weights(bare_model) if curve and is_random else ""
     tokenizer = load_tokenizer()
     model = distribute(bare_model, accelerator, mesh, DTYPES[precision])
     optimizers = build_optimizers(bare_model, config.optim, state.device)
@@ -115,6 +115,8 @@ def build(
         if config.train.check_kernels:
             KernelCheck(config, start, stream, data.train, accelerator, bare_model, DTYPES[precision]).run()
         check_first_step(bare_model, has_checked_loss=config.train.check_kernels)
+    if config.model.zero_init and is_random:  # behind projections at zero the checks would see no gradient
+        zero_residuals(bare_model)
     measures = Measures(config, accelerator, bare_model, tokenizer, data.val, DTYPES[precision], stop.safe_point)
     documents = build_document_mask(config, data.train, bare_model, DTYPES[precision])
     throughput = build_throughput(config, accelerator, bare_model, precision)
@@ -148,6 +150,15 @@ def build(
         stop=stop,
         identity=identity(config, data.train),
     )
+
+
+@torch.no_grad()
+def zero_residuals(model: GPTForCausalLM) -> None:
+    """Make each block the identity: nothing that its two branches compute is added to the residual stream."""
+    settle(model)
+    for module in model.modules():
+        if isinstance(module, ResidualProjection):
+            local(module.weight).zero_()
 
 
 def load_trainer_state(
@@ -236,9 +247,6 @@ def build_model(
         torch.manual_seed(config.train.seed)
         gpt_config._attn_implementation = attention
         model = GPTForCausalLM(gpt_config)
-        for module in model.modules():
-            if isinstance(module, ResidualProjection) and config.model.zero_init:
-                nn.init.zeros_(module.weight)
         if precision == "fp64":
             model.double()
         if initial:

@@ -37,6 +37,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.tokenizer import save_tokenizer
 from ..model import GPTForCausalLM
 from ..runs import (
+    LAST_WEIGHTS,
     STATE,
     TRAINER_STATE,
     begin_folder,
@@ -45,6 +46,7 @@ from ..runs import (
     drop_unfinished,
     finish_folder,
     prune,
+    read_manifest,
     step_name,
 )
 from .distributed import Host, put, settle, settled, whole
@@ -89,8 +91,10 @@ def save_final(parts: Parts) -> None:
         parts.watch.try_weights(parts.start.step, parts.optimizers, None)
     parts.saver.wait()
     check_folder(parts)
-    with averaged(parts.bare_model, parts.optimizers):
-        parts.saver.begin(parts.folder.final)
+    with averaged(parts.bare_model, parts.optimizers) as is_average:
+        newest = parts.folder.newest
+        is_last = newest is not None and newest.name == step_name(parts.config.train.steps)
+        parts.saver.begin(parts.folder.final, average_of=newest if is_average and is_last else None)
     problem = parts.saver.wait()
     check_folder(parts)
     if problem:
@@ -128,12 +132,19 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def begin(self, place: Path, state: dict[str, Any] | None = None, saved: Callable[[], None] = lambda: None) -> None:
+    def begin(
+        self,
+        place: Path,
+        state: dict[str, Any] | None = None,
+        saved: Callable[[], None] = lambda: None,
+        average_of: Path | None = None,
+    ) -> None:
         """Copy this rank's share to the host and start to write it to the folder ``place``.
 
         Args:
             state: of the run; None for a model alone, without what a resume needs.
             saved: is called, on every rank, when the folder has its name.
+            average_of: the checkpoint with the last of the weights that the model is the average of.
         """
         if self._host.rank == 0:  # here, where the run's folder was just looked for: it must not be made again
             with suppress(OSError):
@@ -147,7 +158,7 @@ class Saver:
 
         def work() -> None:
             try:
-                self._write(place, files, weights, tensors, state)
+                self._write(place, files, weights, tensors, state, average_of)
                 saved()
             except Exception as error:
                 self._error = error
@@ -222,6 +233,7 @@ class Saver:
         weights: Mapping[str, dict[str, Tensor]],
         tensors: dict[str, Tensor],
         state: dict[str, Any] | None,
+        average_of: Path | None,
     ) -> None:
         """Raises on all ranks what one of them met: an OSError, or a fault of ours."""
         try:
@@ -230,7 +242,7 @@ class Saver:
                 write_trainer_state(temporary, tensors, state, self._host)
             outcomes = self._host.gather(self._write_share(temporary, files, weights))
             entries = {name: entry for share in settled(outcomes) for name, entry in share.items()}
-            self._host.first(lambda: _finish(place, temporary, begun, dict(sorted(entries.items()))))
+            self._host.first(lambda: _finish(place, temporary, begun, dict(sorted(entries.items())), average_of))
         except (Exception, CheckpointException) as met:
             error = _cause(met)
             if self._host.rank == 0:
@@ -343,15 +355,15 @@ def load_trainer_state(folder: Path, model: nn.Module, optimizers: Sequence[Opti
     configuration, so that a run can go on with others.
     """
     settle(model)
+    for optimizer in optimizers:
+        if isinstance(optimizer, WeightAverage):
+            optimizer.state.clear()  # the checkpoint may be from before there was one
     if (folder / OLD_STATE).exists():
         _load_old_state(folder / OLD_STATE, model, optimizers)
         return read_state(folder)
     reader = dcp.FileSystemReader(folder / TRAINER_STATE)
     saved: Any = reader.read_metadata().state_dict_metadata
     owners = _owners(optimizers)
-    for optimizer in optimizers:
-        if isinstance(optimizer, WeightAverage):
-            optimizer.state.clear()  # the checkpoint may be from before there was one
     wanted = {}
     for name, p in model.named_parameters():
         for key in [full.removeprefix(f"{name}.") for full in saved if full.rpartition(".")[0] == name]:
@@ -374,10 +386,19 @@ def _begin(place: Path) -> tuple[Path, os.stat_result]:
     return temporary, temporary.stat()
 
 
-def _finish(place: Path, temporary: Path, begun: os.stat_result, entries: dict[str, dict[str, Any]]) -> None:
+def _finish(
+    place: Path,
+    temporary: Path,
+    begun: os.stat_result,
+    entries: dict[str, dict[str, Any]],
+    average_of: Path | None,
+) -> None:
     # Where a run's folder was renamed, what writes files has made a new one of its name.
     if not os.path.samestat(begun, temporary.stat()):
         raise FileNotFoundError(errno.ENOENT, "the folder was taken away", str(place.parent))
+    for name, entry in read_manifest(average_of).items() if average_of else ():
+        if name.endswith(".safetensors") and name in entries:
+            entries[name][LAST_WEIGHTS] = entry["sha256"]
     finish_folder(place, temporary, entries)
 
 

@@ -187,9 +187,11 @@ def measure(parts: Parts, step: int) -> dict[str, Any]:
     """What is to be measured after ``step``: after the last, of the weights that ``final/`` gets."""
     if step < parts.config.train.steps or not parts.config.optim.ema:
         return parts.measures.take(step)
-    last = parts.measures.take(step, only_loss=True)
-    with averaged(parts.bare_model, parts.optimizers):
-        return parts.measures.take(step) | {f"{name}_raw": value for name, value in last.items() if name == "val_loss"}
+    with averaged(parts.bare_model, parts.optimizers) as is_average:
+        row = parts.measures.take(step)
+    if is_average and "val_loss" in row:
+        row["val_loss_raw"] = parts.measures.take(step, only_loss=True)["val_loss"]
+    return row
 
 
 def train_step(

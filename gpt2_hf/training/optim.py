@@ -160,10 +160,11 @@ class CautiousAdamW(AdamW):
 class Muon(Optimizer):
     """Momentum, orthogonalised (Jordan et al. 2024), for the [in, out] matrices of GPT-2's blocks.
 
-    An update is ``lr sqrt(max(1, out / in)) O``, where O has the gradient's average's singular vectors, and singular
+    An update is ``lr sqrt(max(1, out / in)) O``: O has the singular vectors of the gradients' average, and singular
     values of about 1. So ``lr`` is in spectral units: whatever the width, it bounds how much a step changes a layer's
-    output, whose root mean square changes by at most ``lr`` for an input of root mean square 1 in a square matrix, and
-    rates that were tuned at one width hold at others. It is ``torch.optim.Muon``'s "original" adjustment.
+    output. For an input of root mean square 1 that is about ``lr`` at most, in root mean square too (twice that in the
+    MLP's ``c_proj``, which has four inputs an output), and rates that were tuned at one width hold at others. It is the
+    "original" adjustment of ``torch.optim.Muon``.
 
     ``c_attn`` holds three matrices side by side (query, key, value), each orthogonalised by itself. Matrices of one
     shape go through the iteration as one batch, of which each of several ranks takes its share, whether it has those
@@ -262,7 +263,12 @@ class WeightAverage(Optimizer):
     Args:
         params: every parameter of the model.
         decay: what the average keeps of itself in a step.
+
+    Attributes:
+        found_inf: as fused AdamW's: a skipped step does not count.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(self, params: Iterable[nn.Parameter], decay: float):
         super().__init__(params, {"lr": 0.0, "peak_lr": 0.0, "decay_follows_lr": False})
@@ -275,8 +281,10 @@ class WeightAverage(Optimizer):
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["average"] = p.detach().clone()
-        averages = [local(self.state[p]["average"]) for p in parameters]
-        torch._foreach_lerp_(averages, [local(p) for p in parameters], 1 - self.decay)
+        rate = 1 - self.decay if self.found_inf is None else (1 - self.decay) * (1 - self.found_inf)
+        for p in parameters:
+            average = local(self.state[p]["average"])
+            average.lerp_(local(p), rate if isinstance(rate, float) else rate.to(average.dtype))
         return loss
 
     @torch.no_grad()

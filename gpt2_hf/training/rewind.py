@@ -80,7 +80,9 @@ def _stop(parts: Parts, trouble: Diverged) -> NoReturn:
         return runs.newest_whole(folder.checkpoints, parts.log.say)
 
     newest = parts.host.first(look)
-    advice = "a lower --optim.lr and --optim.muon_lr, or look at the data near this step"
+    advice = (
+        "lower learning rates (--optim.lr, and all others that the recipe sets), or look at the data near this step"
+    )
     if newest is None:
         way_on = f"no checkpoint was saved: start again with {advice}"
     elif newest == start.checkpoint and trouble.step <= start.step + 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +34,9 @@ RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 UNFORCEABLE = {"model.n_layer", "model.n_embd", "model.n_positions", "model.vocab_size", "optim.name"}
 
 # What older checkpoints don't name, as their runs had it.
+# Of checkpoints of Muon's since November 2026: before, updates were scaled to AdamW's size.
+MUON_UNIT = "optim.muon_lr's unit"
+
 NOT_NAMED = {
     "data.document_starts": False,
     "data.document_mask": False,
@@ -153,6 +157,7 @@ def identity(config: RunConfig, data: ShardSet) -> dict[str, Any]:
         "optim.name": config.optim.name,
         "model.init_from": config.model.init_from,
         "model.zero_init": config.model.zero_init,
+        **({MUON_UNIT: "spectral"} if config.optim.name == "muon" else {}),
     }
 
 
@@ -328,6 +333,12 @@ def _refuse_other(config: RunConfig, data: ShardSet, saved: dict[str, Any], plac
         choose = "choose another --train.run_dir, delete that folder, or " if is_own else ""
         them = "it" if len(refused) == 1 else "them"
         raise ConfigError(f"{place} holds a run with another {listed}; {choose}set {them} back{way_on}")
+    if saved.get("optim.name") == "muon" == config.optim.name and MUON_UNIT not in saved:
+        factor = 0.2 * math.sqrt(config.model.gpt_config().n_embd)
+        print(
+            f"{place} was begun when optim.muon_lr had another unit: what it was begun with is {factor:.3g} times as "
+            f"much now, and this start has {config.optim.muon_lr:g}"
+        )
     for name in different:
         print(f"resume.force: {name} was {saved[name]} in {place}, and is {now[name]} from now on")
 

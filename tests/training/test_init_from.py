@@ -20,7 +20,7 @@ from gpt2_hf.config import RunConfig
 from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.tokenizer import load_tokenizer
 from gpt2_hf.knobs import ConfigError
-from gpt2_hf.training.build import build_accelerator, build_model
+from gpt2_hf.training.build import build_accelerator, build_model, zero_residuals
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64}
 
@@ -146,12 +146,13 @@ def test_the_short_name():
 
 
 def test_with_zero_init_blocks_begin_as_the_identity(data, tmp_path):
-    def begin(zero_init: bool):
-        config = tiny(data, tmp_path / "run", model__zero_init=zero_init)
+    def begin():
+        config = tiny(data, tmp_path / "run")
         PartialState(cpu=True)
         return build_model(config, None, build_accelerator(config, "fp32"), "fp32")
 
-    plain, zeroed = begin(False), begin(True)
+    plain, zeroed = begin(), begin()
+    zero_residuals(zeroed)
     for (name, a), (_, b) in zip(plain.named_parameters(), zeroed.named_parameters(), strict=True):
         assert torch.equal(b, torch.zeros_like(b) if name.endswith("c_proj.weight") else a), name
     zeroed.save_pretrained(tmp_path / "zeroed")
@@ -159,3 +160,9 @@ def test_with_zero_init_blocks_begin_as_the_identity(data, tmp_path):
     first, *others = stock(torch.arange(32)[None], output_hidden_states=True).hidden_states
     norm = stock.transformer.ln_f
     assert all(torch.equal(other, first) or torch.equal(other, norm(first)) for other in others)
+
+    config = tiny(data, tmp_path / "run", model__zero_init=True, train__steps=1, model__vocab_size=None)
+    run(config)  # from zero a step of AdamW leads no further than its rate
+    after = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    moved = [weight.abs().max() for name, weight in after.items() if name.endswith("c_proj.weight")]
+    assert len(moved) == 4 and min(moved) > 0 and max(moved) < 1.01 * config.optim.lr

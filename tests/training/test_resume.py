@@ -353,6 +353,11 @@ def test_the_final_model_is_the_average_of_the_weights(data, tmp_path):
     assert last["val_loss"] == pytest.approx(loss("final"), rel=1e-5)
     assert last["val_loss_raw"] == pytest.approx(loss("checkpoints/step-00000006"), rel=1e-5)
     assert last["val_loss"] != last["val_loss_raw"]
+    # The run's model is the average, though its newest checkpoint has other weights.
+    assert runs.find_model(tmp_path / "run") == tmp_path / "run/final" and runs.step_of(tmp_path / "run/final") == 6
+    before = (tmp_path / "run/final/model.safetensors").stat().st_mtime_ns
+    run(config)
+    assert (tmp_path / "run/final/model.safetensors").stat().st_mtime_ns == before, "a finished run is left as it is"
 
     shutil.rmtree(tmp_path / "run/final")
     for step in (4, 5, 6):
