@@ -77,7 +77,7 @@ def test_each_arrangement_goes_on_from_any_other_on_one_curve(data, tmp_path):
     assert [row["step"] for row in rows] == [row["step"] for row in straight]
     assert losses(rows) == pytest.approx(losses(straight), rel=1e-9, abs=0)
     for name in ("val_loss", "grad_norm"):
-        found = [[row[name] for row in of if name in row] for of in (rows, straight)]
+        found = [[row.get(f"{name}_raw", row[name]) for row in of if name in row] for of in (rows, straight)]
         assert found[0] == pytest.approx(found[1], rel=1e-9)
     for name, tensor in load_file(tmp_path / "straight/final/model.safetensors").items():
         torch.testing.assert_close(
@@ -191,13 +191,16 @@ def newest_step(tmp_path: Path) -> int:
     return max(runs.saved_steps(tmp_path / "run" / "checkpoints"), default=0)
 
 
-def test_a_checkpoint_of_before_is_gone_on_from(data, tmp_path):
+def test_a_checkpoint_of_before_is_gone_on_from(data, tmp_path, capsys):
     """Written with one file for all of the optimizers' state; the curve is what it was then."""
     settings = {"model__n_embd": 8, "model__n_layer": 1, "model__n_positions": 32, "optim__name": "muon"}
+    settings["optim__muon_lr"] = 6e-4 * 0.2 * 8**0.5  # what it was, in the unit of now
     config = tiny(data, tmp_path / "run", train__steps=12, checkpoint__save_every=6, **settings)
     shutil.copytree(OLD, tmp_path / "run" / "checkpoints" / "step-00000006")
     then = [5.524309158325195, 5.51981258392334, 5.519400119781494, 5.5177178382873535, 5.518283843994141]
-    assert losses(run(config))[:5] == pytest.approx(then, rel=1e-6)
+    # The MLP's second matrix, which now moves half as fast as then, makes little difference.
+    assert losses(run(config))[:5] == pytest.approx(then, rel=2e-5)
+    assert "is 0.566 times as much now" in capsys.readouterr().out
     assert not (tmp_path / "run" / "checkpoints" / "step-00000012" / "trainer_state" / "optimizer.pt").exists()
 
 

@@ -372,6 +372,7 @@ def test_two_ranks_compiled_killed_and_resumed_equal_straight(data, tmp_path):
             train__compile="auto",
             train__steps=8,
             optim__name="muon",
+            optim__muon_lr=1e-3,
             optim__min_lr_ratio=1.0,
             eval__val_every=4,
             **changes,

@@ -267,6 +267,7 @@ def begun(tmp_path_factory):
         "model__vocab_size": None,
         "model__dropout": 0.1,
         "optim__name": "muon",
+        "optim__muon_lr": 6e-4,
         "optim__warmup_steps": 1,
         "optim__schedule": "trapezoid",
         "optim__decay_ratio": 0.9,
