@@ -130,6 +130,7 @@ def test_documents_are_kept_apart_in_pieces(data, tmp_path, attention):
     assert n == batch[..., 1:].numel() and loss == pytest.approx(total / n, rel=1e-6)
 
 
+@torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True)
 def test_each_length_is_compiled_once(data, tmp_path, monkeypatch):
     """Also of more lengths than the compiler would take by itself; nothing falls back to plain code."""
     compile = torch.compile
@@ -139,8 +140,6 @@ def test_each_length_is_compiled_once(data, tmp_path, monkeypatch):
         "compile",
         lambda self, **options: setattr(self, "_compiled_call_impl", torch.compile(self._call_impl, **options)),
     )
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     torch._dynamo.reset()
     counters.clear()
     ramp = [1, 2, 3, 4, 5, 6, 10, 12, 15, 20]
