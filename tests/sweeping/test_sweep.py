@@ -429,8 +429,12 @@ def test_runs_are_made_seed_by_seed_once_and_past_a_failure(trainer, recipes, ca
 def test_jobs_share_the_cores(trainer, recipes, monkeypatch):
     command, behave = trainer
     monkeypatch.setattr("gpt2_hf.sweeping.running._n_cores", lambda: 9)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     sweep(recipes, Path("o"), command, jobs=4)
     assert sorted(order(behave)) == ["a-1 2", "a-2 2", "b-1 2", "b-2 2"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what the user says holds
+    sweep(recipes, Path("p"), command, jobs=4)
+    assert {"a-1 1", "a-2 1", "b-1 1", "b-2 1"} <= {*order(behave)}
 
 
 def test_told_to_end_it_has_its_runs_save_and_says_how_to_go_on(trainer, recipes, capsys):
