@@ -230,8 +230,14 @@ def _stages(config: RunConfig) -> list[RunConfig]:
     return [
         replace(
             config,
-            data=replace(data, seq_len=data.seq_len_at(first), seq_len_ramp=[]),
-            train=replace(train, steps=last - first, global_batch_tokens=train.tokens_of_step(first), batch_ramp=[]),
+            data=replace(data, seq_len=data.seq_len_at(first), seq_len_ramp=[], seq_len_ramp_steps=0),
+            train=replace(
+                train,
+                steps=last - first,
+                global_batch_tokens=train.tokens_of_step(first),
+                batch_ramp=[],
+                batch_ramp_steps=0,
+            ),
         )
         for first, last in pairwise([*sorted(edge for edge in edges if edge < train.steps), train.steps])
     ]

@@ -504,7 +504,17 @@ def test_a_real_sweep_interrupted_and_gone_on_with(data, tmp_path):
     (tmp_path / "slow.yaml").write_text(config.to_yaml())
     fast = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=1e-2))
     (tmp_path / "fast.yaml").write_text(fast.to_yaml())
-    command = [sys.executable, str(ROOT / "scripts" / "sweep.py"), "--ab", "slow.yaml", "fast.yaml", "--jobs", "2"]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "sweep.py"),
+        "--ab",
+        "slow.yaml",
+        "fast.yaml",
+        "--jobs",
+        "2",
+        "--seeds",
+        "2",
+    ]
     command += ["--out", "o", "--set", "eval.val_tokens=640"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
 
