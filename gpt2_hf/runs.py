@@ -176,26 +176,22 @@ def _state_problem(checkpoint: Path) -> str | None:
 
 def same_weights(a: Path, b: Path) -> bool:
     """Whether two folders were written with the same weights, by their manifests; not when one cannot be read."""
-    try:
-        first, second = read_manifest(a), read_manifest(b)
-    except (OSError, ValueError):
-        return False
-    names = {name for name in (first | second) if name.endswith(".safetensors")}
-    return bool(names) and all(first.get(name) == second.get(name) for name in names)
+    return bool(weights := _weights_of(a)) and weights == _weights_of(b)
 
 
 def is_final_of(checkpoint: Path, final: Path) -> bool:
     """Whether ``final`` was written with a checkpoint's weights, or with the average that ended at them."""
+    return bool(weights := _weights_of(checkpoint)) and weights == _weights_of(final, of_last=True)
+
+
+def _weights_of(folder: Path, of_last: bool = False) -> dict[str, str]:
+    """Weight file -> its hash by the manifest, or of an average the last weights'; nothing when it cannot be read."""
     try:
-        saved, made = read_manifest(checkpoint), read_manifest(final)
+        entries = read_manifest(folder)
     except (OSError, ValueError):
-        return False
-    names = {name for name in (saved | made) if name.endswith(".safetensors")}
-    return (
-        bool(names)
-        and names <= saved.keys() & made.keys()
-        and all(made[name].get(LAST_WEIGHTS, made[name]["sha256"]) == saved[name]["sha256"] for name in names)
-    )
+        return {}
+    files = {name: entry for name, entry in entries.items() if name.endswith(".safetensors")}
+    return {name: entry.get(LAST_WEIGHTS if of_last else "sha256", entry["sha256"]) for name, entry in files.items()}
 
 
 def weights_hash(folder: Path) -> str:

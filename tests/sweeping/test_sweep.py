@@ -352,7 +352,7 @@ def test_notes_say_what_makes_a_comparison_unfair(recipes):
 
 
 def test_the_picture_of_a_knob(recipes):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the extra report has it")
     plan = plan_sweep(recipes[:1], ["optim.lr=1e-3,2e-3,1e-2", "optim.eps=1e-8,1e-6"], [], [2], Path("o"))
     finals = {i: [5 - i / 10, 5.02 - i / 11] for i in range(6)}
     finals[4] = [4.4, math.inf]
@@ -372,7 +372,7 @@ def test_the_picture_of_a_knob(recipes):
 
 
 def test_the_picture_of_recipes(recipes):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="the extra report has it")
     plan = plan_sweep(recipes, [], [], [2], Path("o"))
     write_sweep(plan, {0: [5.0, 5.2], 1: [4.9, 5.15]})
     rows, _, outcomes = shown(plan)
