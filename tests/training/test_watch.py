@@ -91,7 +91,7 @@ def test_no_bad_checkpoint_is_made_and_the_next_start_goes_on_from_the_good_one(
 @pytest.mark.parametrize("save_every", [0, 9])
 def test_the_last_update_is_looked_at_too(data, tmp_path, monkeypatch, harm, save_every):
     harmed_step(monkeypatch, 9, harm)
-    with pytest.raises(FloatingPointError, match=r"after step 9\b.*no checkpoint was saved: start again with a lower"):
+    with pytest.raises(FloatingPointError, match=r"after step 9\b.*no checkpoint was saved: start again with lower"):
         train(tiny(data, tmp_path / "run", train__steps=9, checkpoint__save_every=save_every))
     assert not (tmp_path / "run" / "final").exists() and not (tmp_path / "run" / "checkpoints").exists()
 
@@ -247,14 +247,22 @@ def test_what_a_run_is_cannot_change(data, name):
     from gpt2_hf.data.shards import open_split
 
     def of(**changes):
-        needed = {f"{key}_steps": 2 for key in changes if key.endswith("_ramp")}
-        return identity(tiny(data, data, **needed, **changes), open_split(data, "train"))
+        return identity(tiny(data, data, **changes), open_split(data, "train"))
 
+    # a ramp and its steps are set together
+    ramp = {
+        "data.seq_len_ramp": {"data__seq_len_ramp_steps": 2},
+        "data.seq_len_ramp_steps": {"data__seq_len_ramp": [8]},
+        "train.batch_ramp": {"train__batch_ramp_steps": 2},
+        "train.batch_ramp_steps": {"train__batch_ramp": [4 * 32]},
+    }.get(name, {})
     if name == "model.preset":
         default = dict.fromkeys(("model__n_layer", "model__n_head", "model__n_embd", "model__n_positions"))
         assert of(model__preset=IDENTITY[name], **default) != of(model__preset="gpt2", **default)
     else:
-        assert of(**{name.replace(".", "__"): IDENTITY[name]}) != of()
+        key = name.replace(".", "__")
+        before = of(**ramp, **{key: 2}) if name.endswith("_ramp_steps") else of()
+        assert of(**ramp, **{key: IDENTITY[name]}) != before
 
 
 @pytest.fixture(scope="module")
