@@ -73,13 +73,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def leave_no_trace(monkeypatch: pytest.MonkeyPatch):
     """Snippets may set what is global in torch, as a reader would. They are small: threads only wait for each other."""
-    threads, kernel = torch.get_num_threads(), LossKernels.exponentiate
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     with torch.random.fork_rng(), torch.enable_grad():
         yield
     torch.set_num_threads(threads)
-    LossKernels.exponentiate = staticmethod(kernel)
+    LossKernels.reset()
 
 
 def run(code: str, names: dict[str, Any], where: str) -> str:

@@ -9,6 +9,7 @@ Letters: N tokens with a label, n tokens of a chunk, C channels, V vocabulary, P
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,34 +28,88 @@ STRIPE = 8192  # columns of such a chunk that a product takes at once
 TILE = (512, 1024)
 
 
-def exponentiate(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def exponentiate(
+    logits: Tensor, wanted: Tensor, vocab_size: int, counts: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Turn logits into the numerators of their softmax, e = exp(logit - row's maximum), in place.
 
+    Compiled, this is one kernel that reads and writes the chunk once (a GPU reads it twice, the second time from its
+    cache). So that it can be one, the labels' logits come from outside; and so that its accesses are wide, the padded
+    columns come along.
+
     Args:
-        logits: (n, V).
-        labels: (n,), valid column numbers.
+        logits: (n, P), of which the columns from ``vocab_size`` on are padding, and become 0.
+        wanted: (n,) fp32 or fp64, the logit of each row's label.
+        counts: (n,), to get ``counts`` times the softmax instead of its numerators.
 
     Returns:
         Each row's sum of e, and its negative log-likelihood, both (n,), in fp32 (fp64 for fp64 logits).
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    top = wide.amax(dim=-1)
-    label = wide.gather(1, labels[:, None])[:, 0]
-    e = wide.sub_(top[:, None]).exp_()  # in place, as without a compiler each step would hold the chunk once more
-    total = e.sum(dim=-1)
-    if e is not logits:
-        logits.copy_(e)
-    return total, total.log() + top - label
+    top, total = _sum_of_exponentials(wide, vocab_size)
+    if counts is not None:
+        wide.mul_(counts[:, None] / total)
+    if wide is not logits:
+        logits.copy_(wide)
+    return total[:, 0], (total.log() + top)[:, 0] - wanted
+
+
+def likelihood(logits: Tensor, wanted: Tensor, vocab_size: int) -> Tensor:
+    """Negative log-likelihood of each row's label, (n,), as ``exponentiate`` gives it; ``logits`` are spent."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    top, total = _sum_of_exponentials(wide, vocab_size)
+    return (total.log() + top)[:, 0] - wanted
+
+
+def _sum_of_exponentials(wide: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Each row's maximum and sum of e, both (n, 1); ``wide``, (n, P), becomes e. In place, as without a compiler each
+    step would hold the chunk once more."""
+    wide[:, vocab_size:] = float("-inf")
+    top = wide.amax(dim=-1, keepdim=True)
+    return top, wide.sub_(top).exp_().sum(dim=-1, keepdim=True)
 
 
 class LossKernels:
-    """The elementwise part of the loss. ``compile()`` fuses it into one pass over the chunk."""
+    """The elementwise parts of the loss. ``compile()`` fuses each into one pass over the chunk."""
 
     exponentiate: Callable[..., tuple[Tensor, Tensor]] = staticmethod(exponentiate)
+    likelihood: Callable[..., Tensor] = staticmethod(likelihood)
 
     @classmethod
     def compile(cls, **options: Any) -> None:
         cls.exponentiate = staticmethod(torch.compile(exponentiate, **options))
+        cls.likelihood = staticmethod(torch.compile(likelihood, **options))
+
+    @classmethod
+    def reset(cls) -> None:
+        """Without the compiler again."""
+        cls.exponentiate, cls.likelihood = staticmethod(exponentiate), staticmethod(likelihood)
+
+
+def _of_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """(n,), in the precision of the softmax."""
+    return logits.gather(1, labels[:, None])[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@functools.cache
+def _adds_in_fp32(device: str, dtype: torch.dtype) -> bool:
+    """Whether a product of 16-bit factors can be added to an fp32 matrix as it is computed, without rounding between."""
+    if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    factor, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=torch.float32, out=total)
+    except (RuntimeError, TypeError):  # before torch 2.12 or so the matrix must be of 16 bits too
+        return False
+    return True
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, added up in total's precision, not in that of the GEMM."""
+    if _adds_in_fp32(total.device.type, a.dtype):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
 
 
 def _pad_rows(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,27 +153,29 @@ class _SummedLoss(torch.autograd.Function):
         dw = torch.zeros_like(weight) if need_dw else None
         # On a CPU the narrower products add to dw in the cache, and need less room to arrange their factors.
         stripes = range(0, vocab_size, STRIPE if x.device.type == "cpu" else vocab_size)
+        # The division by each row's sum costs a compiled kernel on a GPU nothing. A CPU would compute exponentials a
+        # second time: there it goes to the narrow sides of the products. fp16's range does not hold the numerators.
+        divides = x.device.type != "cpu" or dtype == torch.float16
         losses = []
         for rows in _chunks(x, len(padded)):
-            e = x[rows] @ padded.T  # (n, P), logits at first
-            # Padded columns are 0, as the weight's padded rows are, and stay so.
-            total, chunk_nll = LossKernels.exponentiate(e[:, :vocab_size], labels[rows])
-            losses.append(chunk_nll @ counts[rows])
-            # d(loss)/d(logits) is counts * (e / total - onehot). It is never made: the division goes to the narrow
-            # sides of the products, and the one-hot part is a choice of rows.
-            share = (counts[rows] / total)[:, None]
-            if dtype == torch.float16:  # whose range e @ weight could leave
-                e.mul_(share)
-                share = torch.ones_like(share)
+            e, chunk, count, label = x[rows] @ padded.T, x[rows], counts[rows], labels[rows]  # (n, P), logits at first
+            given = count if divides else None
+            total, chunk_nll = LossKernels.exponentiate(e, _of_labels(e, label), vocab_size, given)
+            losses.append(chunk_nll @ count)
+            # d(loss)/d(logits) is count * (e / total - onehot). At the label that is count * (p - 1), computed in fp32.
+            slope = torch.expm1(-chunk_nll)
+            e.scatter_(1, label[:, None], (slope * (count if divides else total))[:, None].to(dtype))
+            share = None if divides else (count / total)[:, None]
             if dx is not None:
-                dx[rows] = (e @ padded) * share - padded[labels[rows]] * counts[rows, None]
+                torch.mm(e, padded, out=dx[rows])
+                if share is not None:
+                    dx[rows] *= share
             if dw is not None:
-                shared = (x[rows] * share).to(dtype)
+                if share is not None:
+                    chunk = (chunk * share).to(dtype)
                 for start in stripes:
                     columns = slice(start, min(start + stripes.step, vocab_size))
-                    # Added up in the parameter's precision, not in that of the GEMM.
-                    dw[columns] += e[:, columns].T @ shared
-                dw.index_add_(0, labels[rows], (x[rows] * -counts[rows, None]).to(dw.dtype))
+                    _add_product(dw[columns], e[:, columns].T, chunk)
             del e  # before the next one is made
         ctx.save_for_backward(dx, dw, factor)
         ctx.hidden_dtype = hidden.dtype
@@ -128,7 +185,9 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, factor = ctx.saved_tensors
         factor = factor * grads[0]
-        dx = (dx.to(factor.dtype) * factor).to(ctx.hidden_dtype) if dx is not None else None
+        if dx is not None:
+            is_wide = dx.dtype != torch.float16 and dx.dtype == ctx.hidden_dtype
+            dx = dx.mul_(factor) if is_wide else (dx.to(factor.dtype) * factor).to(ctx.hidden_dtype)
         # In place, as it is as large as any parameter. Autograd sees that and refuses a second backward pass.
         dw = dw.mul_(factor) if dw is not None else None
         return dx, dw, None, None, None, None
@@ -198,10 +257,10 @@ def _nll(hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> 
         return nll
     padded = _pad_rows(weight, dtype)
     # Full batches have training's shapes; a count of labels that varies would build a kernel for each.
-    measure = LossKernels.exponentiate if len(keep) == len(labels) else exponentiate
+    measure = LossKernels.likelihood if len(keep) == len(labels) else likelihood
     for rows in _chunks(x, len(padded)) if len(x) else []:
-        logits = (x[rows] @ padded.T)[:, : len(weight)]
-        nll[keep[rows]] = measure(logits, kept_labels[rows])[1]
+        logits = x[rows] @ padded.T
+        nll[keep[rows]] = measure(logits, _of_labels(logits, kept_labels[rows]), len(weight))
     return nll
 
 

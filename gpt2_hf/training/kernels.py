@@ -31,7 +31,7 @@ from ..data.shards import ShardSet
 from ..data.stream import TokenStream, cut
 from ..knobs import ConfigError
 from ..model import GPTForCausalLM
-from ..model.loss import IGNORE, LossKernels, exponentiate
+from ..model.loss import IGNORE, LossKernels
 from ..model.versions import untested
 from .distributed import local
 from .start import Start
@@ -154,7 +154,7 @@ class KernelCheck:
         if not way.is_compiled:
             for block in self.model.transformer.h:
                 block._compiled_call_impl = None
-            LossKernels.exponentiate = staticmethod(exponentiate)
+            LossKernels.reset()
 
     def _fast(self, way: Way) -> Found:
         """By the path of training; if that is compiled in its own shapes, as it will be needed so anyway."""

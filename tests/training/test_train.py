@@ -42,11 +42,10 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 @pytest.fixture(autouse=True)
 def clean_state():
     """Accelerate's state and PyTorch's switches belong to the process; each run here begins anew."""
-    kernel = LossKernels.exponentiate
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.use_deterministic_algorithms(False)
-    LossKernels.exponentiate = staticmethod(kernel)
+    LossKernels.reset()
 
 
 @pytest.fixture
