@@ -75,6 +75,11 @@ def default_precision(device: torch.device) -> str:
     return "fp32"
 
 
+def has_narrow_residual(requested: str, device: str, precision: str) -> bool:
+    """Whether the residual stream is bf16, as the matrix products are, and not fp32."""
+    return precision == "bf16" and (requested == "bf16" or (requested == "auto" and device == "cuda"))
+
+
 @functools.cache
 def _cpu_has_bf16() -> bool:
     # Without these instructions bf16 products are emulated, and many times slower than fp32.

@@ -93,7 +93,7 @@ def _of_labels(logits: Tensor, labels: Tensor) -> Tensor:
 
 @functools.cache
 def _adds_in_fp32(device: str, dtype: torch.dtype) -> bool:
-    """Whether a product of 16-bit factors can be added to an fp32 matrix as it is computed, without rounding between."""
+    """Whether a product of 16-bit factors can be added to an fp32 matrix at once, without rounding it first."""
     if device != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
     factor, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)

@@ -39,6 +39,36 @@ class ResidualProjection(Conv1D):
     modules that own parameters to ``_init_weights``, not the attention or MLP around them."""
 
 
+class EmbeddingSum(nn.Dropout):
+    """Token and position embeddings, summed and dropped out: what the residual stream begins with.
+
+    Under autocast that is fp32, and so is everything that the blocks add to it. ``narrow`` puts the stream in the dtype
+    of autocast, which halves what is kept and moved of it.
+    """
+
+    narrow = False
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:  # type: ignore[override]  # (B, T, C), (1 or B, T, C)
+        x = super().forward(tokens + positions)
+        device = x.device.type
+        narrow = self.narrow and torch.is_autocast_enabled(device)
+        return x.to(torch.get_autocast_dtype(device)) if narrow else x
+
+
+class Norm(nn.LayerNorm):
+    """In the precision of its weights at least, which autocast sees to on CUDA alone: sums of thousands are in here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.promote_types(x.dtype, self.weight.dtype)))
+
+
+class FinalNorm(Norm):
+    """Returns the dtype of the stream it reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(x.dtype)
+
+
 class GPTAttention(nn.Module):
     """Causal self-attention, computed by whichever backend ``config._attn_implementation`` names."""
 
@@ -94,9 +124,9 @@ class GPTBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: GPTConfig, layer_idx: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_1 = Norm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = GPTAttention(config, layer_idx)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_2 = Norm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = GPTMLP(config)
 
     def forward(self, x: Tensor, attention_mask: Any = None, **kwargs: Any) -> Tensor:
@@ -157,9 +187,9 @@ class GPTModel(GPTPreTrainedModel):
         config = self.config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.drop = nn.Dropout(config.embd_pdrop)
+        self.drop = EmbeddingSum(config.embd_pdrop)
         self.h = nn.ModuleList([GPTBlock(config, i) for i in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_f = FinalNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -211,7 +241,7 @@ class GPTModel(GPTPreTrainedModel):
 
         if token_type_ids is not None:
             x = x + self.wte(token_type_ids)
-        x = self.drop(x + self.wpe(position_ids))
+        x = self.drop(x, self.wpe(position_ids))
         for block in self.h:
             x = block(x, mask, **{_CACHE: cache}, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x), **{_CACHE: cache if use_cache else None})

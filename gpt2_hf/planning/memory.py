@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from ..config import RunConfig
+from ..hardware import has_narrow_residual
 from ..model import GPTForCausalLM
 from ..model.loss import CHUNK_BYTES, PAD_MULTIPLE
 
@@ -118,7 +119,8 @@ def activation_bytes(config: RunConfig, way: Way) -> float:
     """What is kept of one token for the backward pass, before the loss."""
     model = config.model.gpt_config()
     c, n_head, width = model.n_embd, model.n_head, WIDTH[way.precision]
-    residual = max(4, width)  # the sum that runs through all blocks
+    is_narrow = has_narrow_residual(config.train.residual, way.device, way.precision)
+    residual = width if is_narrow else max(4, width)  # the sum that runs through all blocks
     statistics = 16 + 4 * n_head  # of two norms and of attention's softmax
     # Attention's and the MLP's inputs, queries, keys and values, what attention gives, and the two of 4 C around GELU.
     own = residual + 15 * width if way.is_compiled else 2 * residual + 14 * width

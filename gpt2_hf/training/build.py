@@ -181,6 +181,10 @@ def set_precision(config: RunConfig, device: torch.device) -> str:
     precision = hardware.default_precision(device) if config.train.precision == "auto" else config.train.precision
     if precision == "fp16" and device.type != "cuda":
         raise ConfigError(f"train.precision fp16 needs CUDA, this is {device.type}; leave it at auto")
+    if config.train.residual == "bf16" and precision != "bf16":
+        raise ConfigError(
+            f"train.residual bf16 needs train.precision bf16, and that is {precision} here: leave it at auto"
+        )
     if device.type == "cpu":
         hardware.reuse_freed_memory()
         hardware.fit_threads()
@@ -253,6 +257,7 @@ def build_model(
             load_initial_weights(model, initial)
             accelerator.print(f"beginning with the weights of {initial.source}")
     model.to(device).train()
+    model.transformer.drop.narrow = hardware.has_narrow_residual(config.train.residual, device.type, precision)
     # The head's gradient covers the tied matrix already: add this batch's rows to it, not another whole matrix. (CUDA
     # would have to count the rows on the host; DDP takes "sparse" for the sum's form.)
     is_alone = device.type == "cpu" and accelerator.distributed_type == DistributedType.NO
@@ -274,6 +279,9 @@ def build_model(
         dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * (1 + len(config.data.seq_len_ramp)))
         for block in model.transformer.h:
             block.compile(dynamic=False)
+        if device.type == "cuda":  # a CPU would take longer to compile these than they take in all
+            model.transformer.drop.compile(dynamic=False)
+            model.transformer.ln_f.compile(dynamic=False)
         LossKernels.compile(dynamic=False)
     accelerator.print(
         f"{model.num_parameters():,} parameters in {precision} on {accelerator.num_processes} x "

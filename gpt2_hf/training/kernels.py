@@ -152,8 +152,8 @@ class KernelCheck:
     def _take(self, way: Way) -> None:
         self.model.config._attn_implementation = way.attention
         if not way.is_compiled:
-            for block in self.model.transformer.h:
-                block._compiled_call_impl = None
+            for module in self.model.modules():
+                module._compiled_call_impl = None
             LossKernels.reset()
 
     def _fast(self, way: Way) -> Found:

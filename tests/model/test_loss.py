@@ -142,7 +142,7 @@ def test_softmax_leaves_nothing_in_the_padding(has_counts):
 
 
 def test_gradient_of_a_token_that_is_nearly_certain():
-    """1 - p, of which rounding p and taking the label's row away afterwards would leave little, is right in bf16 too."""
+    """1 - p is right in bf16 too; rounding p and taking the label's row away afterwards would leave little of it."""
     torch.manual_seed(0)
     weight = torch.randn(307, 64)
     labels = torch.arange(40)
