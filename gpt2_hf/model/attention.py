@@ -5,11 +5,13 @@ Shapes in comments: B batch, T positions (query), S positions (key), H heads, D 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
@@ -69,8 +71,26 @@ def blockwise_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None  # (B, T, H, D)
 
 
+def _sdpa_preferring(kernel: SDPBackend) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """PyTorch's attention by one of its kernels, by others only where that one cannot."""
+    order = [kernel, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    order = [*dict.fromkeys(order), SDPBackend.MATH]
+
+    def attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        with sdpa_kernel(order, set_priority=True):
+            return sdpa_attention_forward(*args, **kwargs)
+
+    return attention
+
+
+# PyTorch's own kernels by name, as its own choice is not the fastest on every card. ("flash" in a name would mean the
+# package to transformers.)
+SDPA_KERNELS = {"sdpa_cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_fa": SDPBackend.FLASH_ATTENTION}
 # Name of a backend of ours -> its function, and the backend of transformers whose kind of mask it takes.
-BACKENDS = {"blockwise": (blockwise_attention, "sdpa")}
+BACKENDS: dict[str, tuple[Callable[..., tuple[Tensor, Tensor | None]], str]] = {
+    "blockwise": (blockwise_attention, "sdpa")
+}
+BACKENDS |= {name: (_sdpa_preferring(kernel), "sdpa") for name, kernel in SDPA_KERNELS.items()}
 # Backends that are causal by themselves when no mask is given, as ours must be. The others want it as a tensor, or as
 # FlexAttention's block mask.
 CAUSAL_WITHOUT_MASK = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", *BACKENDS)

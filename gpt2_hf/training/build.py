@@ -35,6 +35,7 @@ from ..model.modeling_gpt import ResidualProjection
 from ..model.versions import check_first_step
 from ..reference import find_curve
 from . import checkpoint
+from .attention import choose_attention
 from .distributed import Host, distribute, hide_shards_from_accelerate, local, settle, sharding_mesh
 from .heart import collective_timeout
 from .initial import InitialWeights, find_initial_weights, load_initial_weights, model_config
@@ -230,17 +231,7 @@ def build_model(
     """
     device = accelerator.device
     obstacle = {"off": "switched off", "on": None}.get(config.train.compile, hardware.compile_obstacle(device))
-    try:
-        attention, why_attention = hardware.choose_attention(
-            config.model.attn_implementation,
-            device,
-            precision,
-            config.model.dropout,
-            config.data.document_mask,
-            compiled=obstacle is None,
-        )
-    except ValueError as error:
-        raise ConfigError(f"model.attn_implementation: {error}") from None
+    attention, why_attention = choose_attention(config, accelerator, precision, is_compiled=obstacle is None)
     dtype = torch.float64 if precision == "fp64" else torch.float32
     gpt_config = model_config(config, resume_from or (initial.source if initial else None))
     if resume_from:  # with the present configuration: dropout may have changed since
