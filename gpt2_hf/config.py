@@ -38,7 +38,8 @@ class ModelSection(Knobs):
         n_positions: longest context that the model can read.
         vocab_size: rows of the embedding; must fit the data's tokenizer.
         dropout: probability, on embeddings, attention weights and residual branches alike.
-        attn_implementation: auto, or a name that transformers knows: sdpa, eager, flex_attention, flash_attention_2...
+        attn_implementation: auto, which on CUDA tries what is there and remembers the fastest; sdpa_cudnn or sdpa_fa,
+            of PyTorch's kernels; or a name that transformers knows: sdpa, eager, flex_attention, flash_attention_2...
         init_from: begin with the weights of a gpt2 folder, a run or a model of the Hub, of the same shape, instead of
             random ones. A resumed run needs them no more.
         zero_init: begin with the projections that add to the residual stream at zero, so that each block begins as the

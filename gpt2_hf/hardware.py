@@ -49,7 +49,7 @@ FLASH_ATTENTION = {
         False,
         "pip install --no-build-isolation 'git+https://github.com/Dao-AILab/flash-attention#subdirectory=hopper'",
     ),
-    "flash_attention_2": ((8, 9, 10, 12), True, "pip install flash-attn --no-build-isolation"),
+    "flash_attention_2": ((8, 9, 10, 12), True, "pip install 'gpt2_hf[flash]'"),
 }
 
 
@@ -160,13 +160,13 @@ def choose_attention(
     document_mask: bool = False,
     compiled: bool = False,
 ) -> tuple[str, str]:
-    """The attention backend to use, and why: ``(name, reason)``.
+    """The attention backend to use, and why: ``(name, reason)``, by what is known of cards in general.
 
     "auto" takes PyTorch's own fused attention, but for compiled bf16 on a CPU our "blockwise". For whole windows an
     installed FlashAttention adds nothing to PyTorch's: its kernel is FlashAttention 2 itself, or cuDNN's on Hopper and
     Blackwell, which with heads of 64 is published to be as fast as FlashAttention 3 (Shah et al. 2024). A document mask
     would slow it down; then "auto" takes what skips the hidden blocks: the newest FlashAttention that is installed and
-    has kernels for the card, else FlexAttention.
+    has kernels for the card, else FlexAttention. (Where training compiles, training/attention.py tries them before.)
 
     Raises:
         ValueError: one line, when a FlashAttention is asked for by name that cannot work, or is not installed.

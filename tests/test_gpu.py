@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from test_document_mask import BACKENDS, E, split
+from test_train import ROOT, compile_once, losses, tiny
 from test_train import clean_state as clean_state
-from test_train import compile_once, losses, tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -129,6 +132,29 @@ def test_checkpointed_dropout_is_a_function_of_the_step(make_shards, tmp_path):
     straight = run("straight", 20)
     run("parts", 10)
     assert run("parts", 20) == pytest.approx(straight, rel=1e-4)
+
+
+@needs_compiler
+def test_batches_are_there_when_they_are_read(make_shards, tmp_path):
+    """Pinned batches go to the card while it computes: waiting for every kernel would tell if one were read too early."""
+    pattern = [[(start + 3 * i) % 250 for i in range(120)] for start in range(60)]
+    data = make_shards({"train": [pattern], "val": [pattern[:4]]})
+    found = []
+    for name, blocking in (("free", "0"), ("blocking", "1"), ("again", "0")):
+        changes = {"train__precision": "bf16", "train__compile": "on", "train__deterministic": True}
+        changes |= {"model__vocab_size": None, "optim__lr": 1e-2, "train__global_batch_tokens": 16 * 32}
+        config = tiny(data, tmp_path / name, train__steps=20, train__log_every=1, **changes)
+        recipe = tmp_path / f"{name}.yaml"
+        recipe.write_text(config.to_yaml())
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "scripts" / "pretrain.py"), "--config", str(recipe)],
+            env=os.environ | {"CUDA_LAUNCH_BLOCKING": blocking},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(losses(read_rows(tmp_path / name / "metrics.jsonl")))
+    assert found[0] == found[1] == found[2] and len(found[0]) == 20
 
 
 @needs_compiler

@@ -76,8 +76,8 @@ def candidates(device: torch.device, precision: str, dropout: float, masked: boo
 
 def _fits(name: str, device: torch.device, precision: str, dropout: float) -> bool:
     majors = hardware.FLASH_ATTENTION[name][0]
-    is_installed = hardware.flash_obstacle(name, device, precision, dropout) is None
-    return is_installed and torch.cuda.get_device_capability(device)[0] in majors
+    can_run = hardware.flash_obstacle(name, device, precision, dropout, by_name=True) is None
+    return can_run and torch.cuda.get_device_capability(device)[0] in majors
 
 
 def fastest(

@@ -118,7 +118,7 @@ def test_candidates_are_what_the_card_and_the_recipe_admit(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(
-        hardware, "flash_obstacle", lambda name, *rest: None if name[-1] in "23" else "is not installed"
+        hardware, "flash_obstacle", lambda name, *rest, by_name: None if name[-1] in "23" else "is not installed"
     )
     of = attention.candidates
     assert of(cuda, "bf16", 0.0, False, True) == [
