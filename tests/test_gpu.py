@@ -136,7 +136,7 @@ def test_checkpointed_dropout_is_a_function_of_the_step(make_shards, tmp_path):
 
 @needs_compiler
 def test_batches_are_there_when_they_are_read(make_shards, tmp_path):
-    """Pinned batches go to the card while it computes: waiting for every kernel would tell if one were read too early."""
+    """Pinned batches go to the card while it computes: were one read too early, waiting for each kernel would tell."""
     pattern = [[(start + 3 * i) % 250 for i in range(120)] for start in range(60)]
     data = make_shards({"train": [pattern], "val": [pattern[:4]]})
     found = []
