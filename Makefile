@@ -21,10 +21,14 @@ CONSUMER_PACKAGES := ctranslate2==4.8.5 onnxruntime==1.32.0 flatbuffers onnx==1.
 	torchao==0.18.0
 LLAMA_CPP_PYTHON := 0.3.36
 
+# What writes a GPU's kernels, laid over $(VENV): two thirds of a gigabyte that only gpu-budget needs.
+BUDGET_VENV := .venv-budget
+TRITON := 3.7.1
+
 # Where gpu-check writes what it found.
 OUT ?= runs/gpu-check
 
-.PHONY: help setup demo test test-lower test-upper test-consumers soak gpu-check lint format clean
+.PHONY: help setup demo test test-lower test-upper test-consumers soak gpu-check gpu-budget test-budget lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +39,8 @@ help:
 	@echo "make test-consumers  load a folder of ours in what people load it with; LLAMA_CPP=1 to build llama.cpp for that"
 	@echo "make soak    half an hour of training under kills beside a run without; SOAK='--processes 2 --minutes 60' for more"
 	@echo "make gpu-check   on a GPU, with \$$PYTHON as it is: the GPU's tests, then the benchmark; results in $(OUT)"
+	@echo "make gpu-budget  without a GPU: what a training step launches on one; BUDGET='recipes/gpt2_350m.yaml --card A100'"
+	@echo "make test-budget  test that"
 	@echo "make lint    check format, style and types"
 	@echo "make setup   make the virtual environment $(VENV) only"
 
@@ -122,6 +128,17 @@ gpu-check:
 	$(PYTHON) scripts/benchmark.py --shape 124M --device cuda --out "$(OUT)" 2>&1 | tee "$(OUT)/benchmark.log"; \
 	exit $${failed:-0}
 
+gpu-budget: $(BUDGET_VENV)/ready
+	@PYTHONPATH=$(CURDIR)/$(BUDGET_VENV) $(BIN)/python scripts/gpu_budget.py $(BUDGET)
+
+test-budget: $(BUDGET_VENV)/ready
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(BUDGET_VENV) $(BIN)/python -m pytest -n 0 -rs tests/budget
+
+$(BUDGET_VENV)/ready: $(VENV)/ready
+	rm -rf $(BUDGET_VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(BUDGET_VENV) triton==$(TRITON)
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -132,4 +149,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(LOWER) $(UPPER) $(CONSUMERS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWER) $(UPPER) $(CONSUMERS) $(BUDGET_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -21,6 +21,7 @@ ROOMS = {
     "sharing": {"model", "data", "evaluation"},
     "sweeping": {"model", "data", "evaluation", "reporting"},
     "planning": {"model", "data", "evaluation", "training"},
+    "budget": {"model", "training", "planning"},
     "benchmark": {"model", "data", "corpus", "evaluation", "training"},
 }
 GROUND = [
