@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 BATCH = 64  # texts that are encoded at a time
 LONGEST, SAMPLES = 20, 30
-SAMPLE_CHARACTERS = (40, 72)  # of a line, if there are such, and at most
+WIDTH = 72  # characters of a token or line that are shown
+ENOUGH = 40  # of a line that shows something
 
 
 def write_report(path: Path, tokenizer: "Tokenizer", texts: list[str], trained: str, seed: int) -> list[str]:
@@ -48,7 +49,9 @@ def write_report(path: Path, tokenizer: "Tokenizer", texts: list[str], trained: 
     lines += ["", "## Longest tokens", "", "Bytes, how often in the text that was held out, and the token.", "", "```"]
     by_length = sorted(tokenizer.get_vocab().items(), key=lambda item: (-len(item[0]), item[1]))
     for token, number in [item for item in by_length if item[1] != len(counts[0]) - 1][:LONGEST]:
-        lines.append(f"{len(token):5,} {counts[0][number]:9,}  {tokenizer.decode([number])!r}")
+        shown = tokenizer.decode([number])
+        shown = shown if len(shown) <= WIDTH else shown[:WIDTH] + "..."
+        lines.append(f"{len(token):5,} {counts[0][number]:9,}  {shown!r}")
     lines += [
         "```",
         "",
@@ -84,10 +87,9 @@ def _count(tokenizer: "Tokenizer", texts: list[str]) -> np.ndarray:
 
 
 def _sample_lines(texts: list[str], rng: random.Random) -> list[str]:
-    enough, most = SAMPLE_CHARACTERS
     lines = list(dict.fromkeys(line.rstrip() for text in texts for line in text.splitlines() if line.strip()))
-    lines = [line for line in lines if len(line) >= enough] or lines
-    return [line[:most] for line in rng.sample(lines, min(SAMPLES, len(lines)))]
+    lines = [line for line in lines if len(line) >= ENOUGH] or lines
+    return [line[:WIDTH] for line in rng.sample(lines, min(SAMPLES, len(lines)))]
 
 
 def _split(tokenizer: "Tokenizer", line: str) -> str:
