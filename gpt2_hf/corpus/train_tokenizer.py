@@ -313,8 +313,8 @@ def _heeding_ctrl_c(work: "Callable[[], Tokenizer]", stop: threading.Event) -> "
             outcome.set_exception(error)
 
     thread = threading.Thread(target=run, daemon=True)
-    thread.start()
     try:
+        thread.start()
         return outcome.result()
     except KeyboardInterrupt:
         stop.set()  # or its threads would ask an interpreter that is going down for more text
