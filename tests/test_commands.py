@@ -62,6 +62,22 @@ WRONG = {
             "--config": (*NO_PATHS, "nowhere.yaml"),
         },
     ),
+    "train_tokenizer.py": (
+        ["nowhere.txt", "--out=t"],
+        {
+            "": (*NO_PATHS, "nowhere.txt", "*.txt"),
+            "--out": NO_PATHS,
+            "--vocab_size": (*NO_POSITIVES, "256", "1e9"),
+            "--sample_bytes": NO_POSITIVES,
+            "--seed": (*NO_COUNTS, "18446744073709551616"),
+            "--overwrite": NO_SWITCHES,
+            "--encoding": ("", "klingon"),
+            "--separator": ("",),
+            "--text_field": ("",),
+            "--dataset": (*NO_PATHS, "x/y"),
+            "--config": ("nowhere.yaml",),
+        },
+    ),
     "report.py": (
         [],
         {

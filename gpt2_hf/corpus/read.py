@@ -5,15 +5,16 @@ by row groups. A compressed file cannot be entered in the middle, so a large one
 their share of its lines: to unpack text is 20 to 100 times faster than to tokenize it.
 """
 
+import codecs
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ..knobs import Filled, Knobs, PathName
+from ..knobs import ConfigError, Filled, Knobs, PathName
 from ..program import UserError
 from . import plain_text
 from .inputs import COMPRESSED, describe, find_files, text_format, walk
@@ -52,6 +53,24 @@ class Source(Knobs):
     encoding: Annotated[str, Filled()] = "utf-8"
     separator: str | None = None
     exclude_wikipedia: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.inputs) == bool(self.dataset):
+            raise ConfigError(f"inputs is {list(self.inputs)} and dataset is {self.dataset}: name one of the two")
+        try:
+            codecs.lookup(self.encoding)
+        except (LookupError, ValueError):
+            raise ConfigError(f"encoding is {self.encoding!r}: choose one that Python knows, such as latin-1") from None
+        if self.separator == "":
+            raise ConfigError("separator is empty: leave it out, or name a text")
+
+    def source(self) -> "Source":
+        """These settings alone, of a command that has more."""
+        values = {item.name: getattr(self, item.name) for item in fields(Source)}
+        if self.separator:  # as it is typed in a shell
+            values["separator"] = self.separator.replace("\\n", "\n").replace("\\t", "\t")
+        return Source(**values)
 
 
 @dataclass(frozen=True)

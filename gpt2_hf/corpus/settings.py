@@ -1,7 +1,6 @@
 """What to turn into token shards, and how: the settings of a preparation."""
 
-import codecs
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,16 +70,8 @@ class PrepareConfig(Source):
         if not self.out:
             raise ConfigError("out is empty: name the folder to write to, such as --out data/mine")
         super().__post_init__()
-        if bool(self.inputs) == bool(self.dataset):
-            raise ConfigError(f"inputs is {list(self.inputs)} and dataset is {self.dataset}: name one of the two")
         if (self.val_fraction is not None) + (self.val_documents is not None) + bool(self.val_ids) > 1:
             raise ConfigError("val_fraction, val_documents and val_ids are set together: keep one of them")
-        try:
-            codecs.lookup(self.encoding)
-        except (LookupError, ValueError):
-            raise ConfigError(f"encoding is {self.encoding!r}: choose one that Python knows, such as latin-1") from None
-        if self.separator == "":
-            raise ConfigError("separator is empty: leave it out, or name a text")
         if self.executor == "slurm" and not self.slurm_partition:
             raise ConfigError("slurm_partition is empty: name the partition to submit to, see sinfo")
 
@@ -106,9 +97,3 @@ class PrepareConfig(Source):
         if self.dataset and Path(self.dataset).is_dir():
             values["dataset"] = Path(self.dataset).name
         return values
-
-    def source(self) -> Source:
-        values = {item.name: getattr(self, item.name) for item in fields(Source)}
-        if self.separator:  # as it is typed in a shell
-            values["separator"] = self.separator.replace("\\n", "\n").replace("\\t", "\t")
-        return Source(**values)
