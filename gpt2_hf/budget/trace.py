@@ -227,7 +227,8 @@ class Recorder(TorchDispatchMode):
     def _note_operator(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         name = func._schema.name.partition("::")[2]
         count = flop_registry.get(func._overloadpacket)
-        flops = count(*args, **kwargs, out_val=out) if count else 0
+        factors = [value for value in args if not isinstance(value, torch.dtype)]  # of addmm: the result's
+        flops = count(*factors, **kwargs, out_val=out) if count else 0
         kind = "elementwise" if count is None else "attention" if ATTENTION.search(name) else "product"
         if kind == "attention" and _argument(func, args, kwargs, "is_causal"):
             flops //= 2
