@@ -230,6 +230,8 @@ def build_model(
         initial: what a new model's weights are; random ones by default.
     """
     device = accelerator.device
+    if config.train.compile == "tuned" and device.type != "cuda":
+        raise ConfigError(f"train.compile tuned is for CUDA, this is {device.type}: leave it at auto")
     obstacle = {"off": "switched off", "on": None}.get(config.train.compile, hardware.compile_obstacle(device))
     attention, why_attention = choose_attention(config, accelerator, precision, is_compiled=obstacle is None)
     dtype = torch.float64 if precision == "fp64" else torch.float32
@@ -268,12 +270,12 @@ def build_model(
         # Each length is a graph of its own; the default leaves room for those of one length.
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, 8 * (1 + len(config.data.seq_len_ramp)))
-        for block in model.transformer.h:
-            block.compile(dynamic=False)
-        if device.type == "cuda":  # a CPU would take longer to compile these than they take in all
-            model.transformer.drop.compile(dynamic=False)
-            model.transformer.ln_f.compile(dynamic=False)
-        LossKernels.compile(dynamic=False)
+        options = {"mode": "max-autotune-no-cudagraphs"} if config.train.compile == "tuned" else {}
+        # A CPU would take longer to compile both ends than they take in all.
+        ends = [model.transformer.drop, model.transformer.ln_f] if device.type == "cuda" else []
+        for module in (*model.transformer.h, *ends):
+            module.compile(dynamic=False, **options)
+        LossKernels.compile(dynamic=False, **options)
     accelerator.print(
         f"{model.num_parameters():,} parameters in {precision} on {accelerator.num_processes} x "
         f"{hardware.describe(device)}, attention {attention} ({why_attention}), "

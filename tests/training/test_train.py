@@ -428,6 +428,7 @@ def test_refusals_come_before_anything_is_made(data, tmp_path):
         ({"data__path": str(tmp_path / "no")}, ShardError, "prepare_data"),
         ({"model__vocab_size": 100}, ConfigError, "vocabulary of 251"),
         ({"train__precision": "fp16"}, ConfigError, "needs CUDA"),
+        ({"train__compile": "tuned"}, ConfigError, "tuned is for CUDA"),
         ({"train__trackers": ["nosuch"]}, ConfigError, "nosuch is unknown"),
         ({"model__attn_implementation": "flash_attention_2"}, ConfigError, "flash_attention_2 needs CUDA"),
     ):
