@@ -19,10 +19,10 @@ from gpt2_hf.config import RunConfig
 from gpt2_hf.knobs import ConfigError
 from gpt2_hf.model import GPTForCausalLM
 from gpt2_hf.planning.cards import CARDS, M124, M355, M1558, parse_gpus
-from gpt2_hf.planning.memory import Parameters, Way, activation_bytes, memory_of
 from gpt2_hf.planning.plan import PlanConfig, make_plan, plain, text, to_json, way_here
 from gpt2_hf.planning.speed import Rates, cpu_step_seconds
 from gpt2_hf.training.build import build_accelerator, build_model, set_precision
+from gpt2_hf.training.memory import Parameters, Way, activation_bytes, memory_of
 from gpt2_hf.training.optim import WeightAverage, build_optimizers
 
 ROOT = Path(__file__).parents[2]
@@ -192,6 +192,18 @@ def test_the_micro_batch_fits_divides_and_is_the_largest(name, gpus):
     )
     is_recipes = plan.micro_batch_size == config.train.micro_batch_size
     assert is_recipes or f"--train.micro_batch_size {plan.micro_batch_size}" in plan.why_not
+
+
+def test_auto_is_what_training_tries_first():
+    config = recipe("gpt2_350m", "--train.micro_batch_size", "auto")
+    plan = make_plan(config, "RTX 4090")
+    assert plan.micro_batch_size == plan.sharings[0].fits > 1 and "auto" in text(plan, config)
+    here = make_plan(config)
+    assert here.micro_batch_size == (
+        4 if torch.device("cpu") == hardware.pick_device("auto") else here.sharings[0].fits
+    )
+    with pytest.raises(ConfigError, match=r"global_batch_tokens 524288 is not a multiple of .* = 1 x 1024 x 3"):
+        make_plan(config, "3xH100")
 
 
 def test_a_batch_that_no_micro_batch_divides_is_refused_as_training_would():
