@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from gpt2_hf.cli import parse_cli
 from gpt2_hf.config import RunConfig
 from gpt2_hf.knobs import ConfigError
 from gpt2_hf.model import GPTForCausalLM
-from gpt2_hf.planning.cards import CARDS, M124, M355, M1558, parse_gpus
+from gpt2_hf.planning.cards import CARDS, M124, M355, M1558, card_here, parse_gpus
 from gpt2_hf.planning.plan import PlanConfig, make_plan, plain, text, to_json, way_here
 from gpt2_hf.planning.speed import Rates, cpu_step_seconds
 from gpt2_hf.training.build import build_accelerator, build_model, set_precision
@@ -199,9 +200,8 @@ def test_auto_is_what_training_tries_first():
     plan = make_plan(config, "RTX 4090")
     assert plan.micro_batch_size == plan.sharings[0].fits > 1 and "auto" in text(plan, config)
     here = make_plan(config)
-    assert here.micro_batch_size == (
-        4 if torch.device("cpu") == hardware.pick_device("auto") else here.sharings[0].fits
-    )
+    fits = here.sharings[0].fits
+    assert here.micro_batch_size == (max(1, min(4, fits)) if hardware.pick_device("auto").type == "cpu" else fits)
     with pytest.raises(ConfigError, match=r"global_batch_tokens 524288 is not a multiple of .* = 1 x 1024 x 3"):
         make_plan(config, "3xH100")
 
@@ -221,6 +221,11 @@ def test_a_batch_that_no_micro_batch_divides_is_refused_as_training_would():
         ("3x RTX3090", 3, "RTX 3090"),
         ("H100-PCIe", 1, "H100 PCIe"),
         ("NVIDIA L4", 1, "L4"),
+        ("8xB300", 8, "B300"),
+        ("8xMI300X", 8, "MI300X"),
+        ("rtx-pro-6000", 1, "RTX PRO 6000"),
+        ("pro6000", 1, "RTX PRO 6000"),
+        ("gb10", 1, "GB10"),
     ],
 )
 def test_cards_by_name(text, number, name):
@@ -228,7 +233,9 @@ def test_cards_by_name(text, number, name):
     assert (found, card.name) == (number, name)
 
 
-@pytest.mark.parametrize("text", ["", "8x", "V100", "A1000", "x", "8xH", "0xH100", "-1xH100", "8", "1e3xH100"])
+@pytest.mark.parametrize(
+    "text", ["", "8x", "V100", "A1000", "GB300", "RTX 6000", "x", "8xH", "0xH100", "-1xH100", "8", "1e3xH100"]
+)
 def test_an_unknown_card_is_named_beside_those_that_are_known(text):
     with pytest.raises(ConfigError) as error:
         parse_gpus(text)
@@ -242,6 +249,25 @@ def test_every_card_says_where_its_speed_comes_from():
     h100 = parse_gpus("H100")[1]
     assert h100.mfu_of(M124) < h100.mfu_of(M355) < h100.mfu_of(M1558) == h100.mfu_of(10 * M1558)
     assert h100.mfu_of(1000) == h100.mfu_of(M124)
+
+
+@pytest.mark.parametrize(
+    ("driver", "name", "mfu"),
+    [
+        ("NVIDIA B300 SXM6 AC", "B300", 0.24),
+        ("AMD Instinct MI300X VF", "MI300X", 0.25),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000", 0.33),
+        ("NVIDIA GB300", "NVIDIA GB300", 0.40),  # its peak is known, and nothing else
+        ("NVIDIA RTX 6000 Ada Generation", "NVIDIA RTX 6000 Ada Generation", 0.40),
+    ],
+)
+def test_the_card_of_this_machine_is_found_by_its_drivers_name(monkeypatch, driver, name, mfu):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: driver)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=7e9))
+    monkeypatch.setattr(hardware, "measure_gemm", lambda device, dtype: 1e12)
+    card = card_here(torch.device("cuda"))
+    assert (card.name, card.memory, card.mfu_of(M124)) == (name, 7e9, mfu) and "assumed" in card.source
+    assert card.peak == (hardware.data_sheet_peak(driver) or 1e12)
 
 
 def test_checkpoints_take_what_they_are_said_to(data, tmp_path):
