@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -193,6 +194,19 @@ def test_the_micro_batch_fits_divides_and_is_the_largest(name, gpus):
     )
     is_recipes = plan.micro_batch_size == config.train.micro_batch_size
     assert is_recipes or f"--train.micro_batch_size {plan.micro_batch_size}" in plan.why_not
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/gpt2_*.yaml")), ids=lambda path: path.stem)
+def test_recipes_say_what_their_micro_batches_take(path):
+    """In whole GB on one card; the first figure is that of the recipe's own."""
+    config = recipe(path.stem)
+    comment = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    told = re.findall(r"(?:of |\b)(\d+) take[s]? (\d+)(?: GB)?\b", comment)
+    if path.stem in ("gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1558m"):
+        assert told and int(told[0][0]) == config.train.micro_batch_size
+    for size, gigabytes in told:
+        taken = memory_of(config, ON_CARD, Parameters.of(config), int(size), accumulates=True).total
+        assert round(taken / 1e9) == int(gigabytes), (size, gigabytes)
 
 
 def test_auto_is_what_training_tries_first():
