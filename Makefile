@@ -115,8 +115,9 @@ gpu-check: SHELL := /bin/bash
 gpu-check:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null || \
 		{ echo "error: $(PYTHON) has no PyTorch that finds a CUDA device; name another with make gpu-check PYTHON=..."; exit 2; }
-	@$(PYTHON) -c 'import accelerate, pytest, transformers' || \
-		{ echo "error: make gpu-check needs torch, transformers, accelerate and pytest in $(PYTHON)"; exit 2; }
+	@$(PYTHON) -c 'import importlib.util as i, sys; missing = [name for name in ("accelerate", "numpy", "psutil", "pytest", "tqdm", \
+		"transformers", "yaml") if i.find_spec(name) is None]; sys.exit("error: make gpu-check needs in $(PYTHON) also: " + \
+		", ".join(missing) if missing else 0)' || exit 2
 	@set -euo pipefail; mkdir -p "$(OUT)"; \
 	{ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true; git describe --always --dirty || true; \
 		$(PYTHON) -c 'import platform, torch, transformers, accelerate, numpy; from gpt2_hf import hardware; \
@@ -125,7 +126,10 @@ gpu-check:
 		print("torch.compile:", hardware.compile_obstacle(torch.device("cuda")) or "works")'; \
 	} 2>&1 | tee "$(OUT)/environment.txt"; \
 	$(PYTHON) -m pytest -m gpu -p no:xdist -rs --durations=0 tests/test_gpu.py tests/model/test_parity.py 2>&1 | tee "$(OUT)/pytest.log" || failed=1; \
-	$(PYTHON) scripts/benchmark.py --shape 124M --device cuda --out "$(OUT)" 2>&1 | tee "$(OUT)/benchmark.log"; \
+	$(PYTHON) scripts/benchmark.py --shape 124M --grad_accum_steps 8 --device cuda --out "$(OUT)" 2>&1 | tee "$(OUT)/benchmark.log"; \
+	if $(PYTHON) -c 'import sys, torch; sys.exit(torch.cuda.get_device_properties(0).total_memory < 78e9)'; then \
+		for shape in 355M 774M 1558M; do $(PYTHON) scripts/benchmark.py --shape $$shape --grad_accum_steps 8 --only gpt2_hf \
+			--rounds 2 --device cuda --out "$(OUT)/$$shape" 2>&1 | tee "$(OUT)/benchmark-$$shape.log"; done; fi; \
 	exit $${failed:-0}
 
 gpu-budget: $(BUDGET_VENV)/ready

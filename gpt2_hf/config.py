@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 
-from .knobs import ConfigError, Filled, Knobs, OneOf, PathName, Range, knob_name
+from .knobs import ConfigError, Filled, Knobs, OneOf, OrWord, PathName, Range, knob_name
 from .model.configuration_gpt import GPTConfig
 from .schedules import SCHEDULES, in_stages, sum_before
 
@@ -195,7 +195,8 @@ class TrainSection(Knobs):
         batch_ramp: fewer tokens per update to begin with, from few to many. No sample is left out or comes twice, and
             the learning rate stays a function of the step.
         batch_ramp_steps: steps of each of these batches; then global_batch_tokens.
-        micro_batch_size: samples per forward pass on one device.
+        micro_batch_size: samples per forward pass on one device; auto tries before the first step which number that
+            divides the batch is fastest, of those that fit in its memory.
         seed: of the initialisation, the data order and dropout.
         precision: auto takes bf16 where the device has it, else fp16 with a gradient scaler on CUDA, else fp32.
         residual: precision of the sum that runs through all blocks, where precision is bf16; auto takes bf16 for it too
@@ -224,7 +225,7 @@ class TrainSection(Knobs):
     global_batch_tokens: BatchTokens = 524_288
     batch_ramp: list[BatchTokens] = field(default_factory=list)
     batch_ramp_steps: Interval = 0
-    micro_batch_size: Annotated[int, Range(1, 10**6)] = 64
+    micro_batch_size: Annotated[int, Range(1, 10**6), OrWord("auto")] = 64
     seed: Annotated[int, Range(0)] = 1337
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp64"] = "auto"
     residual: Literal["auto", "bf16", "fp32"] = "auto"
@@ -247,6 +248,11 @@ class TrainSection(Knobs):
         _check_ramp("train.batch_ramp", self.batch_ramp, self.batch_ramp_steps, "train.global_batch_tokens", last)
         if self.batch_ramp and self.overfit_batch:
             raise ConfigError("train.overfit_batch trains on one batch only: leave train.batch_ramp out")
+
+    @property
+    def finds_micro_batch(self) -> bool:
+        """Whether micro_batch_size is still auto: training makes a number of it (training/micro_batch.py)."""
+        return isinstance(self.micro_batch_size, str)
 
     @property
     def batches(self) -> list[int]:
@@ -428,11 +434,14 @@ class RunConfig(Knobs):
     def grad_accum_steps(self, world_size: int) -> int:
         """Micro-steps per update on each of ``world_size`` processes, after ``train.batch_ramp``.
 
+        While the micro-batch is still to be found, those of one window.
+
         Raises:
             ConfigError: when the batch of a stage does not divide, naming the nearest sizes that do.
         """
         train, seq_len = self.train, self.data.seq_len
-        unit = train.micro_batch_size * seq_len * world_size
+        micro_batch_size = 1 if train.finds_micro_batch else train.micro_batch_size
+        unit = micro_batch_size * seq_len * world_size
         batch = next((batch for batch in train.batches if batch % unit), None)
         if batch is None:
             return train.global_batch_tokens // unit
@@ -440,16 +449,18 @@ class RunConfig(Knobs):
         name = "train.batch_ramp" if batch in train.batch_ramp else "train.global_batch_tokens"
         message = (
             f"{name} {batch} is not a multiple of micro_batch_size x seq_len x "
-            f"processes = {train.micro_batch_size} x {seq_len} x {world_size} = {unit}; the nearest that work are "
+            f"processes = {micro_batch_size} x {seq_len} x {world_size} = {unit}; the nearest that work are "
             + " and ".join(str(size) for size in (below, below + unit) if size)
         )
         per_process, rest = divmod(batch, seq_len * world_size)
         if rest == 0:
-            small = [b for b in range(1, math.isqrt(per_process) + 1) if per_process % b == 0]
-            sizes = {*small, *(per_process // b for b in small)}
-            nearest = sorted(sizes, key=lambda b: abs(b - train.micro_batch_size))[:2]
+            nearest = sorted(divisors(per_process), key=lambda b: abs(b - micro_batch_size))[:2]
             message += f"; or keep it and use train.micro_batch_size {' or '.join(map(str, sorted(nearest)))}"
         raise ConfigError(message)
+
+    def micro_batch_sizes(self, world_size: int) -> list[int]:
+        """Those that divide a process's share of every batch, from small to large."""
+        return divisors(math.gcd(*self.train.batches) // (self.data.seq_len * world_size))
 
     def remarks(self) -> list[str]:
         """What is possible and odd, a line each."""
@@ -493,6 +504,11 @@ class RunConfig(Knobs):
         sections = json.loads(json.dumps(dataclasses.asdict(self)))
         named = {name: {knob_name(key): value for key, value in keys.items()} for name, keys in sections.items()}
         return yaml.safe_dump(named, sort_keys=False)
+
+
+def divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def _check_ramp(name: str, ramp: list[int], steps: int, then_name: str, then: int) -> None:

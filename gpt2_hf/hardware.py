@@ -20,21 +20,33 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend
 
-# Dense bf16 tensor-core peaks in FLOP/s, from the vendors' data sheets. First match by name wins.
+# Dense bf16 matrix products' peaks in FLOP/s, from the vendors' data sheets; an eighth of sparse FP4 where a sheet has
+# only that (RTX PRO 6000, GB10). First match by name wins.
 _PEAK_BF16 = (
+    ("GB300", 2500e12),
+    ("GB200", 2500e12),
+    ("B300", 2250e12),
     ("B200", 2250e12),
+    ("GH200", 989e12),
+    ("H200 NVL", 835e12),
     ("H200", 989e12),
     ("H100 PCIe", 756e12),
     ("H100 NVL", 835e12),
     ("H100", 989e12),
+    ("MI355X", 2517e12),
+    ("MI325X", 1307e12),
+    ("MI300X", 1307e12),
     ("A100", 312e12),
     ("L40S", 362e12),
     ("L40", 181e12),
     ("L4", 121e12),
     ("A10G", 70e12),
+    ("RTX PRO 6000 Blackwell Max-Q", 439e12),
+    ("RTX PRO 6000", 504e12),
     ("RTX 5090", 210e12),
     ("RTX 4090", 165e12),
     ("RTX 3090", 71e12),
+    ("GB10", 125e12),
     ("T4", 65e12),
 )
 
@@ -110,7 +122,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 def data_sheet_name(device_name: str) -> str | None:
     """The name in the table of peaks of a GPU that its driver calls so, or None when it isn't there."""
-    return next((key for key, _ in _PEAK_BF16 if re.search(rf"{key}\b", device_name)), None)  # an A1000 is no A100
+    # An A1000 is no A100, and a GB300 no B300.
+    return next((key for key, _ in _PEAK_BF16 if re.search(rf"\b{key}\b", device_name)), None)
 
 
 def data_sheet_peak(device_name: str) -> float | None:

@@ -122,6 +122,19 @@ class OneOf:
 
 
 @dataclass(frozen=True)
+class OrWord:
+    """A word that may stand for a number until it is known. To type checkers the knob is the number."""
+
+    word: str
+
+    def __str__(self) -> str:
+        return f"or {self.word}"
+
+    def take(self, name: str, value: Any) -> Any:
+        return value
+
+
+@dataclass(frozen=True)
 class Knobs:
     """Base of a dataclass whose fields are checked when it is built.
 
@@ -164,6 +177,8 @@ def take(name: str, value: Any, annotation: Any) -> Any:
     """``value`` as the knob has it (paths expanded). Raises ConfigError when the annotation rules it out."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
+        if value in _words(annotation):
+            return value
         is_name = isinstance(value, str) and any(isinstance(limit, PathName) for limit in arguments[1:])
         value = value if is_name else take(name, value, arguments[0])  # a file's name may hold bytes that are no text
         return functools.reduce(lambda v, limit: limit.take(name, v) if v is not None else v, arguments[1:], value)
@@ -217,7 +232,14 @@ def from_text(name: str, written: Any, annotation: Any) -> Any:
         return written
     if is_optional and written == "null":
         return None
-    return _switch(name, written) if kind is bool else _number(name, written, kind)
+    if written in (words := _words(annotation)):
+        return written
+    return _switch(name, written) if kind is bool else _number(name, written, kind, words)
+
+
+def _words(annotation: Any) -> list[str]:
+    """Those that may stand for a number."""
+    return [limit.word for limit in getattr(annotation, "__metadata__", ()) if isinstance(limit, OrWord)]
 
 
 def bare(annotation: Any) -> Any:
@@ -258,8 +280,8 @@ def _switch(name: str, text: str) -> bool:
     return SWITCH[text.lower()]
 
 
-def _number(name: str, text: str, kind: type) -> float:
-    what = "whole number" if kind is int else "number"
+def _number(name: str, text: str, kind: type, words: list[str]) -> float:
+    what = " or ".join(["whole number" if kind is int else "number", *words])
     is_octal = re.match(r"[+-]?0[\d_]", text)
     if len(text) > 100 or not NUMBER.fullmatch(text) or is_octal:
         raise ConfigError(f"{name} is {shown(text)}: give a {what}" + (" without 0 before it" if is_octal else ""))
@@ -272,13 +294,13 @@ def _number(name: str, text: str, kind: type) -> float:
     if abs(exact) > LARGEST:
         raise ConfigError(f"{name} is {shown(text)}: give a whole number, not so large")
     if exact != exact.to_integral_value():
-        raise ConfigError(f"{name} is {shown(text)}: give a whole number")
+        raise ConfigError(f"{name} is {shown(text)}: give a {what}")
     return int(exact)
 
 
 def limit_of(annotation: Any) -> str:
     """What its annotation says of a knob, for --help, such as ">= 0 and < 1"; "" when nothing."""
-    limits = (Range, PathName, Filled, OneOf)
+    limits = (Range, PathName, Filled, OneOf, OrWord)
     found = [str(limit) for limit in getattr(annotation, "__metadata__", ()) if isinstance(limit, limits)]
     return ", ".join(dict.fromkeys(found + [limit_of(part) for part in get_args(annotation)])).strip(", ")
 

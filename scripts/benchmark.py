@@ -5,8 +5,8 @@ logging keep up (loop), what optimizers cost (update), how long the demo's start
 the CPUs cost (busy), whether the loss falls as in the plain loop (curve), HellaSwag against lm-evaluation-harness
 (hellaswag).
 
-A step is waited for, and is one micro-batch. Training pays for its optimizer more seldom: with --grad_accum_steps 8, as
-often as the 124M recipe does on one GPU.
+A step is one micro-batch, and is waited for; on a GPU the steps of about a second are waited for together. Training
+pays for its optimizer more seldom: with --grad_accum_steps 8, as often as the 124M recipe does on one GPU.
 """
 
 from dataclasses import replace
@@ -22,7 +22,7 @@ from gpt2_hf.program import program
 def main() -> None:
     count = Annotated[int, Range(1, 10**6)]
     parser = Arguments(__doc__)
-    parser.add_argument("--shape", choices=["demo", "4x256", "124M"], default="4x256")
+    parser.add_argument("--shape", choices=["demo", "4x256", "124M", "355M", "774M", "1558M"], default="4x256")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     kinds = ["step", "loop", "update", "start", "busy", "curve", "hellaswag"]
     parser.add_argument("--what", choices=kinds, default="step")

@@ -197,6 +197,7 @@ def test_every_knob_is_used_by_a_recipe_or_has_a_stated_reason():
         "compile": "what auto picks can be wrong",
         "tf32": "exactness",
         "deterministic": "exactness",
+        "gradient_checkpointing": "small cards",
         "verify": "reads all data",
         "seq_len_ramp": "the published recipe has windows of one length",
         "seq_len_ramp_steps": "the published recipe has windows of one length",

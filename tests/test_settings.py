@@ -94,6 +94,7 @@ OUT_OF_RANGE = [
     ("train.global_batch_tokens", "0"), ("train.global_batch_tokens", "256e12"),
     ("train.batch_ramp", "0"), ("train.batch_ramp", "1e6"), ("train.batch_ramp", "64,32"), ("train.batch_ramp", "5"),
     ("train.batch_ramp_steps", "-1"), ("train.micro_batch_size", "0"), ("train.micro_batch_size", "1e9"),
+    ("train.micro_batch_size", "Auto"), ("train.micro_batch_size", "auto,8"),
     ("train.seed", "-1"), ("train.seed", "18446744073709551616"), ("train.log_every", "0"), ("eval.val_every", "-1"),
     ("eval.val_tokens", "0"), ("eval.hellaswag_items", "0"), ("eval.hellaswag_items", "10043"),
     ("eval.hellaswag_every", "-1"), ("eval.sample_every", "-5"), ("eval.sample_count", "0"),
@@ -122,6 +123,7 @@ def test_what_a_knob_of_a_run_cannot_be(name, value, capsys, tmp_path):
         ("eval.sample_prompt", "null", "null"), ("eval.sample_prompt", "010", "010"), ("eval.sample_prompt", "", ""),
         ("data.path", "s3://bucket/x", "s3://bucket/x"), ("train.run_dir", "./null", "./null"),
         ("model.n_layer", "null", None), ("train.trackers", "[]", []), ("train.micro_batch_size", "1e0", 1),
+        ("train.micro_batch_size", "auto", "auto"),
     ],
 )  # fmt: skip
 def test_what_is_accepted_means_what_it_says(name, value, found):

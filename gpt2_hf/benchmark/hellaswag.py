@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -18,10 +19,12 @@ import numpy as np
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerBase
 
+from .. import hardware
 from ..data.tokenizer import load_tokenizer
 from ..evaluation.evaluate import load_folder
 from ..evaluation.hellaswag import HellaSwag, load_hellaswag
 from ..model import GPTConfig, GPTForCausalLM
+from ..training.build import DTYPES
 
 Picks = dict[str, np.ndarray]  # by metric, acc and acc_norm: the number of the ending picked for each item
 
@@ -47,21 +50,23 @@ def race_hellaswag(
 ) -> dict[str, Any]:
     """Score the fixed subset of `n_items` the lm-eval way, by us once and by the harness at each batch size, in turns.
 
-    The harness has the stock model of the folder, as its command line would load it; both compute in fp32.
+    The harness has the stock model of the folder, as its command line would load it. Both compute as the loop's
+    measurements do: on a GPU with fp32 weights and products in what it trains in, on a CPU in fp32.
 
     Returns:
-        "parameters" of the model; "seconds", by scorer, and "speedup", the harness's time over ours, at whichever
-        batch size was its fastest in the round: each a median, min and max over the rounds; "same_picks", by metric,
-        whether every item got the same pick from all; "different_picks", the numbers of those items.
+        "parameters" of the model; "precision"; "seconds", by scorer, and "speedup", the harness's time over ours, at
+        whichever batch size was its fastest in the round: each a median, min and max over the rounds; "same_picks", by
+        metric, whether every item got the same pick from all; "different_picks", the numbers of those items.
     """
     where = torch.device(device)
     model, tokenizer = load_folder(folder, where)
     model.float()
+    precision = hardware.default_precision(where) if where.type == "cuda" else "fp32"
     stock: Any = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
     stock.to(where).eval()
     scorers: dict[str, Callable[[], Picks]] = {
-        "gpt2_hf": partial(_ours, model, tokenizer, load_hellaswag(n_items), where),
-        **_harness(stock, tokenizer, n_items, batch_sizes),
+        "gpt2_hf": partial(_ours, model, tokenizer, load_hellaswag(n_items), where, precision),
+        **_harness(stock, tokenizer, n_items, batch_sizes, precision),
     }
     seconds, picks = _take_turns(scorers, rounds)
 
@@ -73,6 +78,7 @@ def race_hellaswag(
     }
     return {
         "parameters": model.num_parameters(),
+        "precision": precision,
         "seconds": {name: _spread(times) for name, times in seconds.items()},
         "speedup": _spread([theirs / mine for theirs, mine in zip(fastest, ours, strict=True)]),
         "same_picks": {metric: not items for metric, items in different.items()},
@@ -99,15 +105,25 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _ours(
-    model: GPTForCausalLM, tokenizer: PreTrainedTokenizerBase, items: list[dict[str, Any]], device: torch.device
+    model: GPTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    items: list[dict[str, Any]],
+    device: torch.device,
+    precision: str,
 ) -> Picks:
     task = HellaSwag(items, tokenizer, n_positions=model.config.n_positions, ways=["lm_eval"])
     size = 2_048 if device.type == "cpu" else 16_384  # tokens; on a CPU more leave the cache
-    return task.score(model, device=device, tokens_per_batch=size).picks
+    is_mixed = precision in ("bf16", "fp16")
+    autocast = partial(torch.autocast, device.type, DTYPES[precision]) if is_mixed else nullcontext
+    return task.score(model, device=device, tokens_per_batch=size, autocast=autocast).picks
 
 
 def _harness(
-    stock: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, n_items: int, batch_sizes: Sequence[int]
+    stock: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    n_items: int,
+    batch_sizes: Sequence[int],
+    precision: str,
 ) -> dict[str, Callable[[], Picks]]:
     """A scorer for each batch size. Its task and items are ready; building requests from them is part of its work."""
     from lm_eval.evaluator import evaluate
@@ -128,5 +144,6 @@ def _harness(
         n_chars = np.array([[len(choice) for choice in sample["doc"]["choices"]] for sample in samples])
         return {"acc": scores.argmax(-1), "acc_norm": (scores / n_chars).argmax(-1)}
 
-    models = {size: HFLM(pretrained=stock, tokenizer=tokenizer, batch_size=size) for size in batch_sizes}
+    mixed: Any = {"mixed_precision_dtype": DTYPES[precision]} if precision in ("bf16", "fp16") else {}
+    models = {size: HFLM(pretrained=stock, tokenizer=tokenizer, batch_size=size, **mixed) for size in batch_sizes}
     return {f"lm_eval, batch {size}": partial(score, lm) for size, lm in models.items()}

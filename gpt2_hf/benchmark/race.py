@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .card import card_at_work
 from .limits import measure_limits
 from .processes import RaceError, Worker
 from .variants import Shape, Variant
@@ -29,6 +30,7 @@ class Row:
     first_step_s: float = 0.0
     micro_batch_size: int = 0
     rounds: list[list[float]] = field(default_factory=list)  # seconds of each step, by round
+    steps_together: int = 1  # of which one of those seconds is the mean
     loads: list[float] = field(default_factory=list)  # processor seconds per second, by round
     peak_memory_gb: float = 0.0
     error: str = ""
@@ -41,6 +43,7 @@ class Row:
         """Take in what a worker answered to "run"."""
         self.rounds.append(measured["seconds"])
         self.loads.append(measured["load"])
+        self.steps_together = measured.get("steps_together", 1)
         self.peak_memory_gb = measured["peak_memory_gb"]
 
     def seconds(self) -> list[float]:
@@ -71,6 +74,7 @@ class Result:
     rows: list[Row]
     limits: dict[str, float]  # best over the rounds, see measure_limits
     breakdown: dict[str, float]  # milliseconds of our own step by part
+    card: dict[str, Any] = field(default_factory=dict)  # see card_at_work
 
 
 def race(
@@ -101,11 +105,13 @@ def race(
                 running.append((row, worker))
             turns.update(1 + rounds if row.error else 1)
         for _ in range(rounds):
-            for name, value in measure_limits(device, min(seconds, 2.0)).items():
+            for name, value in measure_limits(shape, device, min(seconds, 2.0)).items():
                 limits[name] = max(limits.get(name, 0.0), value)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # the workers may need it
             for row, worker in running:
                 turns.set_postfix_str(row.variant.label)
                 row.add_round(worker.ask(f"run {seconds}"))
                 turns.update()
         breakdown = next((worker.ask("profile") for row, worker in running if row.is_ours), {})
-    return Result(rows, limits, breakdown)
+    return Result(rows, limits, breakdown, card_at_work(device))

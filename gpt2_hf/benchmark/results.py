@@ -53,6 +53,7 @@ def summarize(result: Result, shape: Shape, device: torch.device) -> dict[str, A
     return {
         "date": date.today().isoformat(),
         "machine": hardware.describe(device),
+        "card": result.card,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -89,7 +90,8 @@ def _measured(row: Row, best: Row, shape: Shape, mfu_per_speed: float) -> dict[s
         "ratio": row.ratio_to(best),
         "mfu": row.median_speed(shape) * mfu_per_speed,
         "peak_memory_gb": row.peak_memory_gb,
-        "steps": len(speeds),
+        "steps": len(speeds) * row.steps_together,
+        "steps_together": row.steps_together,
         "contended": row.contended(),
         "load": sum(row.loads) / len(row.loads),
         "first_step_s": row.first_step_s,
@@ -111,11 +113,19 @@ def as_text(found: dict[str, Any]) -> str:
 def _headline(found: dict[str, Any]) -> str:
     shape = found["shape"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    card = f" ({_card(found['card'])})" if found["card"] else ""
     return (
         f"{shape['parameters']:,} parameters ({shape['n_layer']} layers, {shape['n_embd']} wide), "
         f"{shape['micro_batch_size']} x {shape['seq_len']} tokens x {shape['grad_accum_steps']} a step; "
-        f"{found['date']}, {found['machine']}; {versions}"
+        f"{found['date']}, {found['machine']}{card}; {versions}"
     )
+
+
+def _card(card: dict[str, Any]) -> str:
+    """Its form and driver, and its clocks at work."""
+    figures = {"sm_mhz": "MHz", "memory_mhz": "MHz memory", "power_limit_w": "W"}
+    told = [f"{card[key]:,.0f} {unit}" for key, unit in figures.items() if card[key] is not None]
+    return ", ".join([*filter(None, [card["form"]]), f"driver {card['driver']}", *told])
 
 
 def _table(found: dict[str, Any]) -> list[str]:
@@ -129,7 +139,7 @@ def _table(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {row['label']}{less} | {row['tokens_per_sec']:,.0f} | {row['slowest']:,.0f} to {row['fastest']:,.0f} | "
             f"{row['ratio']:.2f} | {row['mfu']:.1%} | {row['peak_memory_gb']:.2f} GB | "
-            f"{row['contended']} of {row['steps']} |"
+            f"{row['contended']} of {row['steps'] // row['steps_together']} |"
         )
     return lines + [f"| {label} | failed: {error} | | | | | |" for label, error in found["failed"].items()]
 
@@ -143,6 +153,8 @@ def _speed_lines(found: dict[str, Any]) -> list[str]:
         + ("No peer ran." if best == OURS.label else f"The best peer is {best}."),
         f"Limits, the best of each round: {gemms}copy {limits['copy'] / 1e9:.3g} GB/s.",
     ]
+    if (most := max(row["steps_together"] for row in found["table"])) > 1:
+        lines.append(f"Steps are timed together, {most} at most, and waited for at their end.")
     if found["precision"] != "bf16":
         lines.append(f"No peer in bf16: this machine only emulates it. Ours trains in {found['precision']}.")
     return lines
@@ -152,9 +164,13 @@ def _floor_line(found: dict[str, Any], tokens_per_sec: float) -> str:
     shape, floor = found["shape"], found["floor_ms"]
     tokens = shape["micro_batch_size"] * shape["seq_len"] * shape["grad_accum_steps"]
     step, least = 1e3 * tokens / tokens_per_sec, sum(floor.values())
+    how = (
+        "products and attention at the rates of their own shapes, and the least traffic between them"
+        if "between" in floor
+        else "attention at the rate of matrix products, normalisation and GELU for nothing"
+    )
     meaning = (
-        f"so at least {least / step:.0%} of it is unavoidable here: a floor, with attention at the rate of matrix "
-        "products, normalisation and GELU for nothing"
+        f"so at least {least / step:.0%} of it is unavoidable here: a floor, with {how}"
         if least <= step
         else "so the limits were measured while the machine was busy, and say nothing"
     )

@@ -228,7 +228,7 @@ def race_scoring(shape: Shape, device: torch.device, n_items: int, rounds: int) 
     sizes = {"n_layer": shape.n_layer, "n_embd": shape.n_embd, "n_head": shape.n_head, "n_positions": shape.seq_len}
     with tempfile.TemporaryDirectory() as folder:
         found = race_hellaswag(write_random_model(Path(folder), **sizes), n_items, rounds, str(device))
-    lines = [f"HellaSwag, {n_items} items, {found['parameters']:,} parameters, float32, seconds:"]
+    lines = [f"HellaSwag, {n_items} items, {found['parameters']:,} parameters, {found['precision']}, seconds:"]
     lines += [f"{name}: {_spread(seconds)}" for name, seconds in found["seconds"].items()]
     lines += [f"ours is {_spread(found['speedup'])} times as fast as the harness at its best batch size"]
     lines += [

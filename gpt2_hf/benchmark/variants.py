@@ -60,11 +60,14 @@ class Shape:
 
 
 def shape_of(name: str, device: str) -> Shape:
-    """A shape by name; on a GPU 124M has the recipe's micro-batch, which a CPU has no memory for."""
+    """A shape by name; on a GPU OpenAI's sizes have their recipes' micro-batches, which a CPU has no memory for."""
     shapes = {
         "demo": Shape(4, 128, 4, 256, 8),
         "4x256": Shape(4, 256, 4, 256, 8),
         "124M": Shape(12, 768, 12, 1024, 1 if device == "cpu" else 64),
+        "355M": Shape(24, 1024, 16, 1024, 1 if device == "cpu" else 32),
+        "774M": Shape(36, 1280, 20, 1024, 1 if device == "cpu" else 16),
+        "1558M": Shape(48, 1600, 25, 1024, 1 if device == "cpu" else 8),
     }
     if name not in shapes:
         raise ValueError(f"--shape {name}: choose {', '.join(shapes)}")

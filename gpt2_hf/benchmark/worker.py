@@ -1,7 +1,7 @@
 """One variant in one process: python -m gpt2_hf.benchmark.worker JSON, told by lines of standard input what to do.
 
     (begin)        answers, once warm, with the losses of the first steps, or with an error
-    run SECONDS    train for about so long; answers with the seconds of each step
+    run SECONDS    train for about so long; answers with the seconds of each step, on a GPU of steps timed together
     profile        answers with where the time of a step goes
     (end)          ends at once, whatever it is doing: so it does when the benchmark is killed
 
@@ -31,6 +31,8 @@ from .breakdown import profile_step
 from .variants import Shape, Step, Variant, build, read_batches
 
 WARM_UP_STEPS = 3
+# On a GPU so many steps are timed together as take this long: in training too the host seldom waits for the device.
+SPAN_S = 1.0
 
 
 def main() -> None:
@@ -99,16 +101,27 @@ class Racer:
         return float(self._step(next(self._batches)))
 
     def run(self, seconds: float) -> dict[str, Any]:
-        self.step_once()  # takes again the memory that others may have used meanwhile
+        self._span(1)  # takes again the memory that others may have used meanwhile
+        n_steps = 1 if self.device.type == "cpu" else max(1, round(SPAN_S / self._span(1)))
         times: list[float] = []
         start, cpu = time.perf_counter(), time.process_time()
         while time.perf_counter() - start < seconds or len(times) < 2:
-            began = time.perf_counter()
-            self.step_once()
-            times.append(time.perf_counter() - began)
-        load = (time.process_time() - cpu) / sum(times)
+            times.append(self._span(n_steps))
+        load = (time.process_time() - cpu) / (n_steps * sum(times))
         self._rest()
-        return {"seconds": times, "load": load, "peak_memory_gb": peak_memory_gb(self.device)}
+        peak = peak_memory_gb(self.device)
+        return {"seconds": times, "steps_together": n_steps, "load": load, "peak_memory_gb": peak}
+
+    def _span(self, n_steps: int) -> float:
+        """Seconds of a step, of so many that are waited for at their end alone."""
+        assert self._step is not None
+        began = time.perf_counter()
+        for _ in range(n_steps):
+            loss = self._step(next(self._batches))
+        float(loss)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # the update comes after the loss
+        return (time.perf_counter() - began) / n_steps
 
     def _rest(self) -> None:
         """Give back what the next variant may need."""

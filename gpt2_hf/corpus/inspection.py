@@ -151,13 +151,13 @@ def first_batch(recipe: RunConfig, data: ShardSet) -> FirstBatch:
     recipe.grad_accum_steps(1)  # raises ConfigError for a batch that does not divide
     # Without names there is nothing to fetch ahead: the next group of shards will not be read.
     data = replace(data, shards=tuple(replace(shard, sha256={}) for shard in data.shards))
-    stream = training_stream(recipe, data)
+    stream, n_windows = training_stream(recipe, data), train.tokens_of_step(0) // seq_len
     with StepLoader(
         stream,
         start_step=0,
         stop_step=1,
-        global_batch_size=train.tokens_of_step(0) // seq_len,
-        micro_batch_size=train.micro_batch_size,
+        global_batch_size=n_windows,
+        micro_batch_size=n_windows if train.finds_micro_batch else train.micro_batch_size,
     ) as loader:
         batch = next(loader).numpy()
     inputs, labels = batch[..., :-1], batch[..., 1:]

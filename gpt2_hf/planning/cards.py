@@ -64,6 +64,7 @@ class Card:
 # are all three, ours is 0.98 times llm.c's and 1.02 times the other, so they stand here as they were published.
 _LARGER = "measured with this code for 124M, published for llm.c on larger models"
 CARDS = (
+    Card("B300", 268 * GIB, 8.0e12, 900e9, {M124: 0.24}, ASSUMED),
     Card("B200", 178 * GIB, 8.0e12, 900e9, {M124: 0.237}, "published for plain PyTorch, 12 layers x 768"),
     Card("H200", 139 * GIB, 4.8e12, 450e9, {M124: 0.436, M1558: 0.487}, f"{_LARGER} of the H100"),
     Card("H100", 79 * GIB, 3.35e12, 450e9, {M124: 0.397, M1558: 0.487}, _LARGER),
@@ -78,13 +79,19 @@ CARDS = (
         "published for llm.c",
     ),
     Card("A100 40GB", 39 * GIB, 1.55e12, 300e9, {M124: 0.60, M355: 0.62, M774: 0.635}, "published for llm.c, 80 GB"),
+    Card("MI355X", 287 * GIB, 8.0e12, 537e9, {M124: 0.22}, ASSUMED),
+    Card("MI325X", 255 * GIB, 6.0e12, 448e9, {M124: 0.25}, ASSUMED),
+    Card("MI300X", 191 * GIB, 5.3e12, 448e9, {M124: 0.25}, ASSUMED),
     Card("L40S", 44 * GIB, 0.86e12, 32e9, {M124: 0.18}, "published for plain PyTorch, 12 layers x 768"),
     Card("L40", 44 * GIB, 0.86e12, 32e9, {M124: 0.30}, ASSUMED),
     Card("L4", 22 * GIB, 0.30e12, 16e9, {M124: 0.30}, ASSUMED),
     Card("A10G", 22 * GIB, 0.60e12, 32e9, {M124: 0.40}, ASSUMED),
+    Card("RTX PRO 6000", 95 * GIB, 1.79e12, 64e9, {M124: 0.33}, ASSUMED),
+    Card("RTX PRO 6000 Blackwell Max-Q", 95 * GIB, 1.79e12, 64e9, {M124: 0.35}, ASSUMED),
     Card("RTX 5090", 31 * GIB, 1.79e12, 32e9, {M124: 0.50}, ASSUMED),
     Card("RTX 4090", 23.5 * GIB, 1.01e12, 16e9, {M124: 0.57}, "published for a PyTorch port of llm.c"),
     Card("RTX 3090", 23.5 * GIB, 0.94e12, 16e9, {M124: 0.50}, ASSUMED),
+    Card("GB10", 119 * GIB, 0.27e12, 25e9, {M124: 0.25}, ASSUMED),  # memory that is the processor's too
     Card("T4", 14.5 * GIB, 0.32e12, 16e9, {M124: 0.25}, f"{ASSUMED}, in fp16"),
 )
 
@@ -114,6 +121,8 @@ def card_here(device: torch.device) -> Card:
     known = next((card for card in CARDS if card.name == key), None)
     if known is not None:
         return replace(known, memory=memory)
+    if key is not None:
+        return Card(name, memory, math.nan, 16e9, {M124: 0.40}, ASSUMED)
     peak = hardware.measure_gemm(device, torch.bfloat16)
     return Card(name, memory, math.nan, 16e9, {M124: 0.40}, f"{ASSUMED}; its peak is that of a product here", peak)
 

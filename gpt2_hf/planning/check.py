@@ -25,9 +25,9 @@ import torch
 from .. import hardware
 from ..config import DataSection, ModelSection, OptimSection, RunConfig, TrainSection
 from ..program import UserError
+from ..training.memory import Parameters, memory_of
 from ..training.metrics import flops_per_token, peak_memory_gb
 from .cards import card_here
-from .memory import Parameters, memory_of
 from .plan import way_here
 from .smoke import training_step
 from .speed import cpu_step_seconds, gpu_step_seconds, measure_rates

@@ -26,8 +26,11 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from .. import hardware
+from ..config import RunConfig
 from ..model.versions import NEWEST_TESTED, untested
 from ..training import preflight
+from ..training.memory import Parameters, largest_that_fits
+from .plan import room_here, way_here
 
 # Least Python by setup.cfg, which has to be known where the package is not installed.
 LEAST_PYTHON = (3, 11)
@@ -65,6 +68,7 @@ def examine(run_dir: Path, smoke_s: float = 20.0) -> Iterator[Finding]:
         precision,
         attention,
         compiler,
+        memory,
         threads,
         lambda: disk(run_dir),
         hub,
@@ -203,6 +207,21 @@ def compiler() -> Iterator[Finding]:
         yield Finding(
             "note", "compiler", f"{obstacle}: training works without torch.compile, at half to three quarters"
         )
+
+
+def memory() -> Iterator[Finding]:
+    """How much of the smallest GPT-2 goes through one device at once, predicted."""
+    device, config = hardware.pick_device("auto"), RunConfig()
+    if device.type not in ("cuda", "cpu"):
+        return
+    n = Parameters.of(config)
+    fits = largest_that_fits(config, way_here(config, device), n, room_here(device), 1)
+    if fits:
+        text = f"micro-batches of up to {fits} windows x {config.data.seq_len} of GPT-2 124M should fit"
+        yield Finding("ok", "memory", f"{text}; --train.micro_batch_size auto tries which is fastest")
+    else:
+        text = f"not even one window of {config.data.seq_len} tokens of GPT-2 124M should fit"
+        yield Finding("note", "memory", f"{text}: try a smaller model, or --train.gradient_checkpointing true")
 
 
 def threads() -> Iterator[Finding]:

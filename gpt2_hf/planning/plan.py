@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
@@ -21,9 +20,10 @@ from ..data.shards import open_split
 from ..data.stream import training_stream
 from ..knobs import ConfigError, Range
 from ..training import preflight
+from ..training.memory import WIDTH, Memory, Parameters, Way, largest_that_fits, memory_on, n_averages
 from ..training.metrics import flops_per_token
+from ..training.micro_batch import first_size
 from .cards import Card, card_here, parse_gpus
-from .memory import WIDTH, Memory, Parameters, Way, memory_of, n_averages
 from .speed import BEGIN, cpu_step_seconds, gpu_step_seconds, measure_rates, measuring_tokens, slower_kernels
 
 PER_MACHINE = 8  # GPUs, where more are asked for
@@ -72,7 +72,7 @@ class Plan:
     """Figures of a run: bytes, seconds, dollars.
 
     Attributes:
-        micro_batch_size: the recipe's, or where that doesn't fit or doesn't divide, the largest that does.
+        micro_batch_size: the recipe's, or where that doesn't fit or doesn't divide, or is auto, the largest that does.
         flops: of the whole run; a token's, a step's, and the speed are those after the ramps of lengths and batches.
         why_not: what keeps the recipe's own from being used; "" where it is.
         source: what the time is predicted from.
@@ -125,21 +125,14 @@ def make_plan(config: RunConfig, gpus: str | None = None, price: float | None = 
     n = Parameters.of(config)
     if any(batch % (config.data.seq_len * n_devices) for batch in config.train.batches):
         config.grad_accum_steps(n_devices)  # raises, naming the batches that divide
-    # A process on a CPU has libraries in its memory already, as this one has.
-    room = card.memory if card else preflight.memory_of(torch.device("cpu")) - psutil.Process().memory_info().rss
+    room = card.memory if card else room_here(torch.device("cpu"))
     ways = _ways(way, n_devices)
-    n_windows = math.gcd(*config.train.batches) // (config.data.seq_len * n_devices)  # divides those of all steps
-    fits = {
-        name: max(
-            (size for size in _divisors(n_windows) if _memory(config, each, n, size, n_devices).total <= room),
-            default=0,
-        )
-        for name, each in ways.items()
-    }
-    micro_batch_size, why_not = _choose(config, n_devices, max(fits.values()))
+    fits = {name: largest_that_fits(config, each, n, room, n_devices) for name, each in ways.items()}
+    micro_batch_size, why_not = _choose(config, way, n_devices, max(fits.values()))
     micro_steps = config.train.global_batch_tokens // (micro_batch_size * config.data.seq_len * n_devices)
     sharings = [
-        Sharing(name, _memory(config, each, n, micro_batch_size, n_devices), fits[name]) for name, each in ways.items()
+        Sharing(name, memory_on(config, each, n, micro_batch_size, n_devices), fits[name])
+        for name, each in ways.items()
     ]
     if card is not None:
         rates = None
@@ -208,6 +201,11 @@ def _way(config: RunConfig, card: Card) -> Way:
     return Way("cuda", precision, config.train.compile != "off", "sdpa" if attention == "auto" else attention)
 
 
+def room_here(device: torch.device) -> float:
+    """Bytes for training. A process on a CPU has libraries in its memory already, as this one has."""
+    return preflight.memory_of(device) - (psutil.Process().memory_info().rss if device.type == "cpu" else 0)
+
+
 def way_here(config: RunConfig, device: torch.device) -> Way:
     """What training chooses on this machine. Raises ConfigError where it cannot do what is asked for."""
     precision = hardware.default_precision(device) if config.train.precision == "auto" else config.train.precision
@@ -243,11 +241,6 @@ def _stages(config: RunConfig) -> list[RunConfig]:
     ]
 
 
-def _memory(config: RunConfig, way: Way, n: Parameters, micro_batch_size: int, n_devices: int) -> Memory:
-    accumulates = config.train.global_batch_tokens > micro_batch_size * config.data.seq_len * n_devices
-    return memory_of(config, way, n, micro_batch_size, accumulates)
-
-
 def _ways(way: Way, n_devices: int) -> dict[str, Way]:
     """The ways to share a model that so many cards have."""
     if n_devices == 1:
@@ -258,16 +251,13 @@ def _ways(way: Way, n_devices: int) -> dict[str, Way]:
     return found
 
 
-def _divisors(number: int) -> list[int]:
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted({*small, *(number // d for d in small)})
-
-
-def _choose(config: RunConfig, n_devices: int, fits: int) -> tuple[int, str]:
+def _choose(config: RunConfig, way: Way, n_devices: int, fits: int) -> tuple[int, str]:
     """The micro-batch to plan with, and what keeps the recipe's own from it."""
     asked = config.train.micro_batch_size
     if not fits:
         return 1, "not even one window fits: try --train.gradient_checkpointing true, or more or larger cards"
+    if config.train.finds_micro_batch:
+        return first_size(config, way, fits, config.micro_batch_sizes(n_devices)), "auto: what training tries first"
     if any(batch % (asked * config.data.seq_len * n_devices) for batch in config.train.batches):
         why_not = f"the recipe's {asked} does not divide the batch"
     elif asked > fits:

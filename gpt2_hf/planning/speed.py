@@ -14,8 +14,8 @@ from .. import hardware
 from ..config import RunConfig
 from ..model.loss import CHUNK_BYTES
 from ..training.build import DTYPES
+from ..training.memory import WIDTH, Parameters, Way, computed_share
 from .cards import NETWORK, Card
-from .memory import WIDTH, Parameters, Way, computed_share
 
 # What a step on a CPU costs beside its products, each in the unit of the rate that it goes with. Fitted to profiles of
 # steps of 4 shapes, 128 to 768 wide (scripts/plan.py --check compares others): products take somewhat longer than

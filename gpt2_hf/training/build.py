@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,10 @@ from .initial import InitialWeights, find_initial_weights, load_initial_weights,
 from .kernels import KernelCheck
 from .measures import Measures, build_document_mask
 from .metrics import RunLog, Throughput, flops_per_token
+from .micro_batch import MicroBatchTrial
 from .optim import WeightAverage, build_optimizers
 from .run_folder import RunFolder
-from .start import Data, Start, identity
+from .start import MICRO_BATCH, Data, Start, identity
 from .stop import Stop
 from .track import Track, odd_weights
 from .trackers import Trackers
@@ -61,7 +62,8 @@ class Parts:
         model: as Accelerate has prepared it, for training; ``bare_model`` is the same weights without its wrapper.
         host: the ranks' talk about small things.
         documents: keeps the documents of a window apart; None where the recipe doesn't ask for it.
-        identity: what a checkpoint of this run must say of it.
+        config: with the micro-batch as a number.
+        identity: what a checkpoint of this run must say of it, and what of its micro-batch.
     """
 
     config: RunConfig
@@ -110,6 +112,14 @@ def build(
     if start.checkpoint:
         load_trainer_state(start.checkpoint, host, accelerator, bare_model, optimizers, watch)
     stream = training_stream(config, data.train)
+    found = {}
+    if config.train.finds_micro_batch:
+        documents = build_document_mask(config, data.train, bare_model, DTYPES[precision])
+        trial = MicroBatchTrial(
+            config, start, stream, accelerator, bare_model, precision, documents, host, stop.heart.moved
+        )
+        found = {MICRO_BATCH: trial.run()}
+        config = replace(config, train=replace(config.train, micro_batch_size=found[MICRO_BATCH]["size"]))
     if start.step < config.train.steps:
         if bare_model.transformer.h[0]._compiled_call_impl is not None:
             accelerator.print("compiling the first step, which may take half a minute")
@@ -149,7 +159,7 @@ def build(
         track=track,
         saver=saver,
         stop=stop,
-        identity=identity(config, data.train),
+        identity=identity(config, data.train) | found,
     )
 
 

@@ -70,11 +70,12 @@ def train(config: RunConfig) -> Path:
                 pass  # of which the last start may have left something
             return folder.final
         parts = build(config, data, start, folder, host, state, stop)
+        is_found, config = config.train.finds_micro_batch, parts.config
         with (
             mirroring(folder.path, config.checkpoint, start.step, state.is_main_process),
             closing(parts.log),
             closing(parts.saver),
-            advice_on_memory(config, state.num_processes),
+            advice_on_memory(config, state.num_processes, is_found),
         ):
             signal_number = train_and_rewind(config, parts)
             stop.heart.stop()  # what comes now is waiting, for the mirror

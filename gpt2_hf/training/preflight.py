@@ -98,6 +98,11 @@ def check_devices(n_gpus: int, environment: Mapping[str, str] = os.environ) -> N
 def check_run(config: RunConfig, state: PartialState) -> None:
     """Say what is odd, and refuse what cannot be done here. Raises ConfigError."""
     config.grad_accum_steps(state.num_processes)
+    if config.train.finds_micro_batch and wants_shards() and state.num_processes > 1:
+        raise ConfigError(
+            "train.micro_batch_size auto tries sizes on each device by itself, which a sharded model cannot: give a "
+            "number; scripts/plan.py names the largest that fits"
+        )
     check_attention(config.model.attn_implementation)
     n_shards = group_sizes(state.num_processes)[1] if wants_shards() else 1
     check_memory(config, memory_of(state.device), state.num_processes, n_shards)

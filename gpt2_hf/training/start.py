@@ -27,6 +27,7 @@ from . import checkpoint, stored_run
 from .distributed import Host
 from .initial import SHAPE
 
+MICRO_BATCH = "micro_batch"  # in a checkpoint's state
 MOST_NAMED = 5  # bad checkpoints in an error
 RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
@@ -64,6 +65,7 @@ class Start:
     Attributes:
         data_offset: samples that the run has passed over so far: all that follow come by so many earlier.
         rewind: the last rewind of the run, which may have led here.
+        micro_batch: what ``train.micro_batch_size auto`` has found for the checkpoint's run; None where that was given.
         owed: what is known of a step whose measurements were cut short, and are still to be made; None otherwise.
     """
 
@@ -71,6 +73,7 @@ class Start:
     step: int = 0
     data_offset: int = 0
     rewind: Rewind | None = None
+    micro_batch: dict[str, Any] | None = None
     owed: dict[str, Any] | None = None
 
 
@@ -312,8 +315,9 @@ def _check(config: RunConfig, data: ShardSet, found: Path, rewind: Rewind | None
             f"train.steps, or choose another --train.run_dir"
         )
     if rewind and rewind.step == saved["step"]:
-        return Start(found, saved["step"], rewind.data_offset, rewind)
-    return Start(found, saved["step"], saved.get("data_offset", 0), rewind, owed=saved.get("owed"))
+        return Start(found, saved["step"], rewind.data_offset, rewind, saved.get(MICRO_BATCH))
+    offset = saved.get("data_offset", 0)
+    return Start(found, saved["step"], offset, rewind, saved.get(MICRO_BATCH), owed=saved.get("owed"))
 
 
 def _refuse_other(config: RunConfig, data: ShardSet, saved: dict[str, Any], place: str) -> None:

@@ -38,6 +38,8 @@ UNREAD = 100
 # Windows on which weights are tried before they are saved.
 TRIAL_WINDOWS = 8
 
+NO_SMALLER = "try --train.gradient_checkpointing true, or a shorter data.seq_len"
+
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -219,23 +221,32 @@ class Watch:
         return not float(self.accelerator.reduce(n_bad, "sum"))
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Also on the CPU, whose allocator raises the plain kind."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextmanager
-def advice_on_memory(config: RunConfig, world_size: int) -> Iterator[None]:
-    """Turn out-of-memory errors into the micro-batch to try next, for the same global batch and curve."""
+def advice_on_memory(config: RunConfig, world_size: int, is_found: bool = False) -> Iterator[None]:
+    """Turn out-of-memory errors into the micro-batch to try next, for the same global batch and curve.
+
+    Args:
+        is_found: the micro-batch is what ``auto`` has found.
+    """
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU's allocator raises the plain kind
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         size = config.train.micro_batch_size
-        samples = math.gcd(*config.train.batches) // config.data.seq_len // world_size
-        smaller = max((b for b in range(1, size) if samples % b == 0), default=None)
+        smaller = max((b for b in config.micro_batch_sizes(world_size) if b < size), default=None)
         same = "the global batch stays the same, and so does the curve but for what dropout drops"
         same = same if config.model.dropout else "the global batch and the curve stay the same"
         advice = (
             f"try --train.micro_batch_size {smaller}: {same}"
+            + ("" if is_found else "; auto finds the fastest that fits")
             if smaller
-            else "micro_batch_size is 1 already: try --train.gradient_checkpointing true, or a shorter data.seq_len"
+            else f"micro_batch_size is 1 already: {NO_SMALLER}"
         )
         raise ConfigError(f"out of memory with micro_batch_size {size}; {advice}") from error
 

@@ -17,15 +17,18 @@ import torch
 from accelerate.state import AcceleratorState
 
 from gpt2_hf import hardware
-from gpt2_hf.benchmark import processes, results, run, speed, update, variants
+from gpt2_hf.benchmark import processes, results, run, speed, update, variants, worker
 from gpt2_hf.benchmark.breakdown import profile_step
-from gpt2_hf.benchmark.limits import floor_seconds, measure_limits
+from gpt2_hf.benchmark.card import card_at_work, form_of, read_card
+from gpt2_hf.benchmark.limits import floor_seconds, measure_limits, measure_shape
 from gpt2_hf.benchmark.processes import RaceError
 from gpt2_hf.benchmark.race import Result, Row, race
 from gpt2_hf.benchmark.variants import OURS, Shape, Variant, build, read_batches
-from gpt2_hf.benchmark.worker import conversation
+from gpt2_hf.benchmark.worker import Racer, conversation
 from gpt2_hf.cli import parse_cli
 from gpt2_hf.config import RunConfig
+from gpt2_hf.planning.cards import M124, M355, M774, M1558
+from gpt2_hf.training.memory import Parameters, Way, memory_of
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -182,14 +185,14 @@ def test_a_peer_that_cannot_run_has_its_error_in_its_row(stand_in, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("worker", "words"),
+    ("program", "words"),
     [
         ("""print('{"error": "no memory"}')""", "our own step fails: no memory"),
         ("raise SystemExit('no such GPU')", r"a process ended with 1, see .*gpt2_hf\.log: no such GPU"),
     ],
 )
-def test_our_own_failure_ends_the_race(tmp_path, monkeypatch, worker, words):
-    monkeypatch.setattr(processes, "WORKER", ("-c", worker))
+def test_our_own_failure_ends_the_race(tmp_path, monkeypatch, program, words):
+    monkeypatch.setattr(processes, "WORKER", ("-c", program))
     with pytest.raises(RaceError, match=words):
         race([PLAIN_OURS], TINY, CPU, 1, 0.1, tmp_path)
 
@@ -223,6 +226,113 @@ def test_arithmetic():
     )
 
 
+def test_the_floor_of_a_gpu_is_of_this_shapes_own_products():
+    """Each part by hand: 256 tokens a step, 32 wide, 2 layers, and a rate of its own for each product."""
+    rates = {"c_attn": 1e9, "c_proj": 2e9, "fc": 3e9, "proj": 4e9, "head": 5e9}
+    limits = {"gemm_bf16": 9e9, "copy": 1e8, "attention": 7e8} | {
+        f"product_{name}": rate for name, rate in rates.items()
+    }
+    floor = floor_seconds(TINY, limits)
+    a_layer = 3 * 32 * 32 / 1e9 + 32 * 32 / 2e9 + 4 * 32 * 32 / 3e9 + 4 * 32 * 32 / 4e9
+    assert floor["matrices"] == pytest.approx(6 * 256 * (2 * a_layer + 307 * 32 / 5e9))
+    assert floor["attention"] == pytest.approx(2 * 2 * 3 * 256 * (64 / 2) * 32 * 2 / 7e8)
+    # In bf16, forward and back, in 2 layers: 4 crossings of the residual stream, and GELU's 4 x 32 in and out.
+    assert floor["between"] == pytest.approx(2 * 2 * 2 * 256 * (4 * 32 + 2 * 4 * 32) / 1e8)
+    found = results.summarize(Result([row(PLAIN_OURS, [[5.0]]), row(STOCK, [[5.0]])], limits, {}), TINY, CPU)
+    assert "products and attention at the rates of their own shapes, and the least traffic" in results.as_text(found)
+
+
+def test_the_rates_of_a_shapes_products(monkeypatch):
+    """Each is really multiplied; with a clock by which each takes a second, rates are the operations."""
+    multiplied, mm = [], torch.mm
+
+    def seen(a, b):
+        multiplied.append((*a.shape, b.shape[1]))
+        return mm(a, b)
+
+    monkeypatch.setattr(torch, "mm", seen)
+    monkeypatch.setattr(hardware, "fastest", lambda act, device, seconds: act() or 1.0)
+    rates = measure_shape(TINY, CPU, 0.1)
+    tokens, c, padded = 2 * 64, 32, 384  # of a micro-batch; 307 columns in multiples of 128
+    wide = {"c_attn": (c, 3 * c), "c_proj": (c, c), "fc": (c, 4 * c), "proj": (4 * c, c), "head": (c, padded)}
+    assert multiplied == [
+        size for n, m in wide.values() for size in ((tokens, n, m), (tokens, m, n), (n, tokens, m))
+    ]  # the output, the input's gradient, the weight's
+    assert rates == {f"product_{name}": 6 * tokens * n * m for name, (n, m) in wide.items()} | {
+        "attention": 3 * 2 * 2 * tokens * (64 / 2) * c
+    }
+
+
+def test_on_a_gpu_steps_are_timed_together(monkeypatch):
+    """With a device that takes 0.3 s a step, and a host that hears of it only when it waits."""
+    clock = {"host": 0.0, "device": 0.0}
+    waits = []
+
+    def step(batch):
+        clock["device"] = max(clock["device"], clock["host"]) + 0.3
+        return 5.0
+
+    def wait():
+        waits.append(clock["device"])
+        clock["host"] = max(clock["host"], clock["device"])
+
+    racer = object.__new__(Racer)
+    racer.device, racer._step, racer._batches = torch.device("cuda"), step, itertools.repeat(None)
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: clock["host"])
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(worker, "peak_memory_gb", lambda device: 1.0)
+    found = racer.run(4.0)
+    assert found["steps_together"] == 3 and found["seconds"] == pytest.approx([0.3] * len(found["seconds"]))
+    assert len(waits) == 2 + len(found["seconds"]) and len(found["seconds"]) == 5
+
+
+def test_larger_shapes_fit_a_card_of_80_gb():
+    for name, parameters in (("124M", M124), ("355M", M355), ("774M", M774), ("1558M", M1558)):
+        shape = variants.shape_of(name, "cuda")
+        config = variants.run_config(replace(shape, grad_accum_steps=8))
+        n = Parameters.of(config)
+        assert n.total == parameters
+        memory = memory_of(config, Way("cuda", "bf16", True, "sdpa"), n, shape.micro_batch_size, accumulates=True)
+        assert memory.total < 79 * 2**30 and variants.shape_of(name, "cpu").micro_batch_size == 1
+
+
+def test_what_a_card_is(monkeypatch):
+    answer = "NVIDIA H100 80GB HBM3, 580.95.05, 81559, 1755, 1980, 2619, 700.00\nNVIDIA H100 80GB HBM3, 1\n"
+    card = read_card(answer)
+    assert card == {
+        "name": "NVIDIA H100 80GB HBM3", "driver": "580.95.05", "memory_mib": 81559, "sm_mhz": 1755,
+        "most_sm_mhz": 1980, "memory_mhz": 2619, "power_limit_w": 700, "form": "SXM",
+    }  # fmt: skip
+    assert read_card("") == read_card("No devices were found\n") == card_at_work(CPU) == {}
+    spark = read_card("NVIDIA GB10, 580.95.05, [N/A], 2418, 3003, [N/A], [N/A]")
+    assert spark["memory_mib"] is None and spark["form"] is None
+    found = results.summarize(Result([row(PLAIN_OURS, [[1.0]])], {"gemm_fp32": 1e9, "copy": 1e9}, {}, card), TINY, CPU)
+    assert found["card"] == card
+    assert "(SXM, driver 580.95.05, 1,755 MHz, 2,619 MHz memory, 700 W)" in results.as_text(found)
+    found["card"] = spark
+    assert "(driver 580.95.05, 2,418 MHz)" in results.as_text(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("NVIDIA H100 PCIe", "PCIe"),
+        ("NVIDIA H100 NVL", "NVL"),
+        ("NVIDIA H200", "SXM"),
+        ("NVIDIA H200 NVL", "NVL"),
+        ("NVIDIA B200", "SXM"),
+        ("NVIDIA B300 SXM6 AC", "SXM"),
+        ("NVIDIA A100-SXM4-40GB", "SXM"),
+        ("NVIDIA A100 80GB PCIe", "PCIe"),
+        ("NVIDIA GB200", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_a_cards_form_is_in_its_name(name, form):
+    assert form_of(name) == form
+
+
 @pytest.mark.parametrize("has_bf16", [True, False])
 def test_no_figure_that_cannot_be(monkeypatch, has_bf16):
     """Limits measured a thousand times too small, as of an emulated product or beside another program."""
@@ -243,7 +353,7 @@ def test_an_emulated_precision_is_neither_measured_nor_raced(monkeypatch, has_bf
     measured = []
     monkeypatch.setattr(hardware, "measure_gemm", lambda device, dtype, seconds: measured.append(dtype) or 1e12)
     monkeypatch.setattr(hardware, "fastest", lambda *_: 1.0)
-    limits = measure_limits(CPU, 0.1)
+    limits = measure_limits(TINY, CPU, 0.1)
     assert (torch.bfloat16 in measured) == ("gemm_bf16" in limits) == has_bf16 and "gemm_fp32" in limits
     rows = [*variants.variants("cpu", ["nano.py:GPT"], has_bf16), *variants.ladder("cpu", has_bf16)]
     assert any(one.bf16 for one in rows if one.model != "ours") == has_bf16
@@ -350,7 +460,7 @@ def test_curves(benchmark, monkeypatch, seeds, noise):
 
 def test_scoring(benchmark):
     printed = benchmark("--what=hellaswag", "--hellaswag_items=3")
-    assert "HellaSwag, 3 items, 1,635,744 parameters, float32, seconds:" in printed
+    assert "HellaSwag, 3 items, 1,635,744 parameters, fp32, seconds:" in printed
     for name in ("gpt2_hf", "lm_eval, batch 1", "lm_eval, batch 8", "lm_eval, batch 32"):
         assert f"\n{name}: " in printed
     assert "\nacc: the same picks\nacc_norm: the same picks\n" in printed

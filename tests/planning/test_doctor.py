@@ -74,6 +74,17 @@ def test_without_a_compiler_training_works_slower(monkeypatch):
     assert "flex_attention" not in shown.partition("also")[2].partition(";")[0]
 
 
+def test_what_fits_is_predicted(monkeypatch):
+    monkeypatch.setattr(hardware, "pick_device", lambda name: doctor.torch.device("cpu"))
+    found = []
+    for gigabytes in (1e3, 20, 2):
+        monkeypatch.setattr(doctor, "room_here", lambda device, room=gigabytes: room * 1e9)
+        found.append(only(doctor.memory()))
+    assert [finding.mark for finding in found] == ["ok", "ok", "note"]
+    assert "up to 512 windows" in found[0].text and "gradient_checkpointing true" in found[2].text
+    assert 1 < int(found[1].text.split()[4]) < 64
+
+
 def test_too_few_threads_are_seen(monkeypatch):
     monkeypatch.setattr(hardware, "pick_device", lambda name: doctor.torch.device("cpu"))
     monkeypatch.setattr(hardware, "usable_cpus", lambda: 1000)

@@ -4,7 +4,9 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +20,11 @@ from gpt2_hf.cli import parse_cli
 from gpt2_hf.config import RunConfig
 from gpt2_hf.knobs import ConfigError
 from gpt2_hf.model import GPTForCausalLM
-from gpt2_hf.planning.cards import CARDS, M124, M355, M1558, parse_gpus
-from gpt2_hf.planning.memory import Parameters, Way, activation_bytes, memory_of
+from gpt2_hf.planning.cards import CARDS, M124, M355, M1558, card_here, parse_gpus
 from gpt2_hf.planning.plan import PlanConfig, make_plan, plain, text, to_json, way_here
 from gpt2_hf.planning.speed import Rates, cpu_step_seconds
 from gpt2_hf.training.build import build_accelerator, build_model, set_precision
+from gpt2_hf.training.memory import Parameters, Way, activation_bytes, memory_of
 from gpt2_hf.training.optim import WeightAverage, build_optimizers
 
 ROOT = Path(__file__).parents[2]
@@ -198,6 +200,30 @@ def test_the_micro_batch_fits_divides_and_is_the_largest(name, gpus):
     assert is_recipes or f"--train.micro_batch_size {plan.micro_batch_size}" in plan.why_not
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/gpt2_*.yaml")), ids=lambda path: path.stem)
+def test_recipes_say_what_their_micro_batches_take(path):
+    """In whole GB on one card; the first figure is that of the recipe's own."""
+    config = recipe(path.stem)
+    comment = " ".join(line.lstrip("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+    told = re.findall(r"(?:of |\b)(\d+) take[s]? (\d+)(?: GB)?\b", comment)
+    if path.stem in ("gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1558m"):
+        assert told and int(told[0][0]) == config.train.micro_batch_size
+    for size, gigabytes in told:
+        taken = memory_of(config, ON_CARD, Parameters.of(config), int(size), accumulates=True).total
+        assert round(taken / 1e9) == int(gigabytes), (size, gigabytes)
+
+
+def test_auto_is_what_training_tries_first():
+    config = recipe("gpt2_350m", "--train.micro_batch_size", "auto")
+    plan = make_plan(config, "RTX 4090")
+    assert plan.micro_batch_size == plan.sharings[0].fits > 1 and "auto" in text(plan, config)
+    here = make_plan(config)
+    fits = here.sharings[0].fits
+    assert here.micro_batch_size == (max(1, min(4, fits)) if hardware.pick_device("auto").type == "cpu" else fits)
+    with pytest.raises(ConfigError, match=r"global_batch_tokens 524288 is not a multiple of .* = 1 x 1024 x 3"):
+        make_plan(config, "3xH100")
+
+
 def test_a_batch_that_no_micro_batch_divides_is_refused_as_training_would():
     with pytest.raises(ConfigError, match=r"train.global_batch_tokens 524288 is not a multiple"):
         make_plan(recipe("gpt2_124m"), "3xH100")
@@ -213,6 +239,11 @@ def test_a_batch_that_no_micro_batch_divides_is_refused_as_training_would():
         ("3x RTX3090", 3, "RTX 3090"),
         ("H100-PCIe", 1, "H100 PCIe"),
         ("NVIDIA L4", 1, "L4"),
+        ("8xB300", 8, "B300"),
+        ("8xMI300X", 8, "MI300X"),
+        ("rtx-pro-6000", 1, "RTX PRO 6000"),
+        ("pro6000", 1, "RTX PRO 6000"),
+        ("gb10", 1, "GB10"),
     ],
 )
 def test_cards_by_name(text, number, name):
@@ -220,7 +251,9 @@ def test_cards_by_name(text, number, name):
     assert (found, card.name) == (number, name)
 
 
-@pytest.mark.parametrize("text", ["", "8x", "V100", "A1000", "x", "8xH", "0xH100", "-1xH100", "8", "1e3xH100"])
+@pytest.mark.parametrize(
+    "text", ["", "8x", "V100", "A1000", "GB300", "RTX 6000", "x", "8xH", "0xH100", "-1xH100", "8", "1e3xH100"]
+)
 def test_an_unknown_card_is_named_beside_those_that_are_known(text):
     with pytest.raises(ConfigError) as error:
         parse_gpus(text)
@@ -234,6 +267,25 @@ def test_every_card_says_where_its_speed_comes_from():
     h100 = parse_gpus("H100")[1]
     assert h100.mfu_of(M124) < h100.mfu_of(M355) < h100.mfu_of(M1558) == h100.mfu_of(10 * M1558)
     assert h100.mfu_of(1000) == h100.mfu_of(M124)
+
+
+@pytest.mark.parametrize(
+    ("driver", "name", "mfu"),
+    [
+        ("NVIDIA B300 SXM6 AC", "B300", 0.24),
+        ("AMD Instinct MI300X VF", "MI300X", 0.25),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "RTX PRO 6000", 0.33),
+        ("NVIDIA GB300", "NVIDIA GB300", 0.40),  # its peak is known, and nothing else
+        ("NVIDIA RTX 6000 Ada Generation", "NVIDIA RTX 6000 Ada Generation", 0.40),
+    ],
+)
+def test_the_card_of_this_machine_is_found_by_its_drivers_name(monkeypatch, driver, name, mfu):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: driver)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=7e9))
+    monkeypatch.setattr(hardware, "measure_gemm", lambda device, dtype: 1e12)
+    card = card_here(torch.device("cuda"))
+    assert (card.name, card.memory, card.mfu_of(M124)) == (name, 7e9, mfu) and "assumed" in card.source
+    assert card.peak == (hardware.data_sheet_peak(driver) or 1e12)
 
 
 def test_checkpoints_take_what_they_are_said_to(data, tmp_path):

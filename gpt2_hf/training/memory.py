@@ -115,6 +115,18 @@ def memory_of(config: RunConfig, way: Way, n: Parameters, micro_batch_size: int,
     return Memory(weights, averages, gradients, copies, activations, loss, rest)
 
 
+def memory_on(config: RunConfig, way: Way, n: Parameters, micro_batch_size: int, n_devices: int) -> Memory:
+    """What each of so many devices holds at most."""
+    accumulates = config.train.global_batch_tokens > micro_batch_size * config.data.seq_len * n_devices
+    return memory_of(config, way, n, micro_batch_size, accumulates)
+
+
+def largest_that_fits(config: RunConfig, way: Way, n: Parameters, room: float, n_devices: int) -> int:
+    """The largest micro-batch that divides and takes no more than ``room`` bytes of each device; 0: none does."""
+    sizes = config.micro_batch_sizes(n_devices)
+    return max((size for size in sizes if memory_on(config, way, n, size, n_devices).total <= room), default=0)
+
+
 def activation_bytes(config: RunConfig, way: Way) -> float:
     """What is kept of one token for the backward pass, before the loss."""
     model = config.model.gpt_config()
