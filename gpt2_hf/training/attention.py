@@ -109,8 +109,18 @@ def fastest(
 
 def _shape(config: RunConfig) -> tuple[object, ...]:
     model = config.model.gpt_config()
-    windows = min(config.train.micro_batch_size, WINDOWS)
-    return windows, config.data.seq_len, model.n_head, model.n_embd, config.model.dropout, config.data.document_mask
+    return (
+        _n_windows(config),
+        config.data.seq_len,
+        model.n_head,
+        model.n_embd,
+        config.model.dropout,
+        config.data.document_mask,
+    )
+
+
+def _n_windows(config: RunConfig) -> int:
+    return WINDOWS if config.train.finds_micro_batch else min(config.train.micro_batch_size, WINDOWS)
 
 
 def _versions() -> list[str]:
@@ -137,7 +147,7 @@ def _milliseconds(name: str, config: RunConfig, device: torch.device, precision:
     """Of one block with hardly an MLP, forward and back, as training calls it; infinite where that cannot be."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     run = config.model.gpt_config()
-    windows, seq_len = min(config.train.micro_batch_size, WINDOWS), config.data.seq_len
+    windows, seq_len = _n_windows(config), config.data.seq_len
     sizes: dict[str, Any] = {
         "n_embd": run.n_embd,
         "n_head": run.n_head,
