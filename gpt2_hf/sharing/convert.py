@@ -60,8 +60,8 @@ def convert(
         activation: the GELU to take the weights with, if not the one assumed; gelu is exact, gelu_new the tanh form.
         n_head: number of heads, where the file does not say.
         vocab_size: rows of tokens to keep; by default 50304 in a file are cut to 50257, and others kept.
-        tokenizer: for a gpt2 folder whose tokenizer is not GPT-2's: a folder with its tokenizer.json, such as the data's,
-            or a model of the Hub.
+        tokenizer: for a gpt2 folder whose tokenizer is not GPT-2's: a folder with its tokenizer.json, such as the
+            data's, or a model of the Hub.
         overwrite: replace an output of the same kind.
 
     Raises:
