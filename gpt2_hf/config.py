@@ -21,6 +21,7 @@ Rate = Annotated[float, Range(above=0)]
 Betas = tuple[Annotated[float, Range(0, below=1)], Annotated[float, Range(0, below=1)]]
 Decay = Annotated[float, Range(0)]
 BatchTokens = Annotated[int, Range(1, 10**12)]
+VOCAB_SIZE = 50257  # of GPT-2
 
 # Attention backends that can be told where documents end.
 MASKS_DOCUMENTS = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -36,7 +37,7 @@ class ModelSection(Knobs):
         n_head: attention heads per block.
         n_embd: width of the residual stream.
         n_positions: longest context that the model can read.
-        vocab_size: rows of the embedding; must fit the data's tokenizer.
+        vocab_size: rows of the embedding; by default as many as the data's tokenizer has entries (50257, GPT-2's).
         dropout: probability, on embeddings, attention weights and residual branches alike.
         attn_implementation: auto, which on CUDA tries what is there and remembers the fastest; sdpa_cudnn or sdpa_fa,
             of PyTorch's kernels; or a name that transformers knows: sdpa, eager, flex_attention, flash_attention_2...
@@ -62,10 +63,14 @@ class ModelSection(Knobs):
     def gpt_config(self) -> GPTConfig:
         """The model's own configuration. Raises ConfigError for a shape that cannot be."""
         shape = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-        given = {name: getattr(self, name) for name in shape if getattr(self, name) is not None}
-        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), self.dropout)
+        given: dict[str, Any] = {name: getattr(self, name) for name in shape if getattr(self, name) is not None}
+        given |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), self.dropout)
+        if (
+            self.vocab_size or VOCAB_SIZE
+        ) < VOCAB_SIZE:  # which has no GPT-2's <|endoftext|>; the data says what it has
+            given |= {"bos_token_id": None, "eos_token_id": None}
         try:
-            return GPTConfig.preset(self.preset, **given, **dropout)
+            return GPTConfig.preset(self.preset, **given)
         except ValueError as error:
             raise ConfigError(f"model: {error}") from None
 
@@ -77,6 +82,8 @@ class DataSection(Knobs):
     Args:
         path: folder that scripts/prepare_data.py made, or token files of llm.c, build-nanogpt, nanoGPT or datatrove, as
             they are; also in object storage (s3://bucket/folder, or any URL that fsspec knows).
+        tokenizer: of token files that are not GPT-2's and came without a manifest: a folder with a tokenizer.json, or a
+            model of the Hub. Prepared folders bring their own.
         seq_len: tokens per training sample (T); a window holds one more, the last label.
         seq_len_ramp: shorter lengths to begin with, from short to long; each must divide seq_len. The order of the data
             stays the same: a window is cut in pieces of that length, so a step has as many tokens as ever.
@@ -92,6 +99,7 @@ class DataSection(Knobs):
     _prefix: ClassVar[str] = "data."
 
     path: Annotated[str, PathName(remote=True)] = "data/fineweb_edu_10bt"
+    tokenizer: Annotated[str, PathName()] | None = None
     seq_len: Annotated[int, Range(1, 10**6)] = 1024
     seq_len_ramp: list[Count] = field(default_factory=list)
     seq_len_ramp_steps: Interval = 0

@@ -6,6 +6,7 @@ figures are medians, ratios are taken within a round.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import multiprocessing
 import os
@@ -24,10 +25,11 @@ from ..corpus.inputs import find_files
 from ..corpus.prepare import PrepareConfig, prepare
 from ..corpus.read import Piece, ReadDocuments, Source, plan
 from ..corpus.write import WriteTokens
-from ..data.tokenizer import ASSETS, EOT, encode_document, load_tokenizer
+from ..data.tokenizer import ASSETS, EOT, gpt2_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from datatrove.data import Document
+    from tiktoken import Encoding
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
@@ -38,18 +40,13 @@ Variants = dict[str, Callable[[], Callable[[], object]]]
 def encoders() -> dict[str, Callable[[list[str]], object]]:
     """Functions of a list of texts that give the same ids, as the tests show; ours also ends each text."""
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}  # read when tokenizers is imported
-    from tiktoken import Encoding
-    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
-    from tiktoken_ext.openai_public import r50k_pat_str
 
     def each(function: Callable[[str], object]) -> Callable[[list[str]], object]:
         return lambda texts: [function(text) for text in texts]
 
-    ranks = data_gym_to_mergeable_bpe_ranks(f"{ASSETS}/tokenizer/merges.txt", f"{ASSETS}/tokenizer/vocab.json")
-    found = {"encode_document": each(encode_document)}
-    for name, pattern in (("GPT-2's pattern", GPT2_PATTERN), ("its own pattern", r50k_pat_str)):
-        # Without a special token encode_to_numpy takes half as long again, which would flatter us.
-        raw = Encoding("raw", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": EOT})
+    found = {"encode_document": each(gpt2_tokenizer().encode_document)}
+    for name, pattern in (("GPT-2's pattern", GPT2_PATTERN), ("its own pattern", None)):
+        raw = _tiktoken_alone(pattern)
         found[f"tiktoken encode_ordinary, {name}"] = each(raw.encode_ordinary)
         found[f"tiktoken encode_to_numpy, {name}"] = each(partial(raw.encode_to_numpy, disallowed_special=()))
     return found | {"tokenizers encode_batch": load_tokenizer().backend_tokenizer.encode_batch}
@@ -184,6 +181,17 @@ def prepare_as_in_the_lecture(files: Iterable[str], out: Path, processes: int, s
 
 
 def _encode_as_in_the_lecture(text: str) -> np.ndarray:
-    from ..data.tokenizer import bulk_encoder
+    return np.array([EOT, *_tiktoken_alone().encode_ordinary(text)], dtype=np.uint16)
 
-    return np.array([EOT, *bulk_encoder().encode_ordinary(text)], dtype=np.uint16)
+
+@functools.cache
+def _tiktoken_alone(pattern: str | None = None) -> Encoding:
+    """GPT-2 as tiktoken has it, with its pattern if no other is given."""
+    from tiktoken import Encoding
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    ranks = data_gym_to_mergeable_bpe_ranks(f"{ASSETS}/tokenizer/merges.txt", f"{ASSETS}/tokenizer/vocab.json")
+    # Without a special token encode_to_numpy takes half as long again, which would flatter us.
+    special = {"<|endoftext|>": EOT}
+    return Encoding("raw", pat_str=pattern or r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..data.tokenizer import Tokenizer
 from .sample import Rng, Sample
 from .token_text import beginning
 
@@ -25,14 +26,14 @@ class Repeats:
     pairs: int = 0  # of equal documents that were drawn independently, not in one run
 
 
-def exact_copies(sample: Sample, hashes: list[bytes]) -> Repeats:
+def exact_copies(sample: Sample, hashes: list[bytes], tokenizer: Tokenizer) -> Repeats:
     times = Counter(hashes)
     times_in_run = Counter(zip(hashes, sample.run.tolist(), strict=True))
     in_all, in_runs = (sum(n * (n - 1) // 2 for n in some.values()) for some in (times, times_in_run))
     ((repeated, most),) = times.most_common(1)
     if most == 1:
         return Repeats(len(hashes), 0)
-    example = beginning(sample.tokens_of(hashes.index(repeated)), 200)
+    example = beginning(tokenizer, sample.tokens_of(hashes.index(repeated)), 200)
     return Repeats(len(hashes), len(hashes) - len(times), most, example, in_all - in_runs)
 
 

@@ -30,6 +30,11 @@ def export_llmc(folder: str | Path, out: str | Path, shard_tokens: int = 100_000
         splits.append((open_split(folder, "val"), 0))
     except SplitMissing:
         print(f"{folder} has no validation split: exporting train alone")
+    if (tokenizer := splits[0][0].tokenizer).dtype.itemsize > 2:
+        raise ValueError(
+            f"{folder} has tokens of the tokenizer {tokenizer.name}, whose vocabulary of {tokenizer.vocab_size:,} does "
+            "not fit into the uint16 of llm.c's files: its .ds shards are datatrove's, which other programs read"
+        )
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

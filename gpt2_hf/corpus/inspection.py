@@ -9,6 +9,7 @@ so that a slow disk seeks rarely. Of object storage only the shards that such a 
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,13 +20,13 @@ from ..data.folder import Folder, LocalFolder
 from ..data.remote import open_folder
 from ..data.shards import ShardError, ShardSet, open_split
 from ..data.stream import StepLoader, training_stream
-from ..data.tokenizer import VOCAB_SIZE, token_byte_lengths
 from ..knobs import Range, checked
 from .copies import Repeats, exact_copies, near_copies
 from .sample import Rng, Sample, Surveyed, draw, survey
-from .token_text import beginning, decode
+from .token_text import beginning
 
 REMOTE_SHARDS = 8  # of a split, as a shard in object storage is fetched whole
+SHOWN_TOKENS, SHOWN_PIECES = 9, 5  # of a window of the first batch
 EDGES = 2.0 ** (np.arange(161) / 4)  # lengths are counted in four bins a doubling
 
 
@@ -74,6 +75,15 @@ class SplitFigures:
 
 
 @dataclass(frozen=True)
+class ShownWindow:
+    """A window's first tokens, and where its first pieces of documents begin and end, each with its beginning."""
+
+    tokens: list[str]
+    pieces: list[tuple[int, int, str]]
+    n_pieces: int
+
+
+@dataclass(frozen=True)
 class FirstBatch:
     """Step 0 of a recipe over all processes: (micro_steps, micro_batch_size, seq_len + 1) tokens."""
 
@@ -87,8 +97,9 @@ class FirstBatch:
     boundaries: int  # <|endoftext|> in the batch
     unbroken: float  # share of windows without one
     labels_shifted: bool
-    sha256: str  # 16 digits, of the tokens as little-endian uint16
+    sha256: str  # 16 digits, of the tokens as little-endian uint16, or uint32 where the shards are of that
     windows: list[list[int]]  # the first two
+    shown: list[ShownWindow]  # the same
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,9 @@ def inspect_data(
         known = set(hashes["train"])
         leaked = Repeats(len(hashes["val"]), sum(digest in known for digest in hashes["val"]))
     facts = _facts(manifest) | problems
+    tokenizer = splits[0].tokenizer
+    if not tokenizer.is_gpt2:
+        facts = {"tokenizer": f"{tokenizer.name}, {tokenizer.vocab_size:,} entries"} | facts
     return Inspection(str(path), facts, figures, leaked, batch)
 
 
@@ -161,6 +175,7 @@ def first_batch(recipe: RunConfig, data: ShardSet) -> FirstBatch:
     ) as loader:
         batch = next(loader).numpy()
     inputs, labels = batch[..., :-1], batch[..., 1:]
+    windows = batch.reshape(-1, seq_len + 1)[:2].tolist()
     is_eot = batch == data.eot
     return FirstBatch(
         micro_steps=batch.shape[0],
@@ -173,8 +188,20 @@ def first_batch(recipe: RunConfig, data: ShardSet) -> FirstBatch:
         boundaries=int(is_eot.sum()),
         unbroken=float((~is_eot.any(-1)).mean()),
         labels_shifted=bool((inputs[..., 1:] == labels[..., :-1]).all()),
-        sha256=hashlib.sha256(batch.astype("<u2").tobytes()).hexdigest()[:16],
-        windows=batch.reshape(-1, seq_len + 1)[:2].tolist(),
+        sha256=hashlib.sha256(batch.astype(data.tokenizer.dtype).tobytes()).hexdigest()[:16],
+        windows=windows,
+        shown=[_show(window, data) for window in windows],
+    )
+
+
+def _show(window: list[int], data: ShardSet) -> ShownWindow:
+    tokenizer = data.tokenizer
+    cuts = [0, *(i for i in range(1, len(window)) if window[i - 1] == data.eot), len(window)]
+    pieces = list(pairwise(cuts))
+    return ShownWindow(
+        [tokenizer.decode([token]) for token in window[:SHOWN_TOKENS]],
+        [(start, stop, beginning(tokenizer, window[start:stop], 300)) for start, stop in pieces[:SHOWN_PIECES]],
+        len(pieces),
     )
 
 
@@ -225,10 +252,12 @@ def _measure(
         bytes_per_token_by_manifest=None if n_bytes is None else n_bytes / shards.n_tokens,
         **_token_figures(shards, sample),
         **_eot_figures(shards, sample),
-        exact=exact_copies(sample, hashes),
+        exact=exact_copies(sample, hashes, shards.tokenizer),
         near=near_copies(sample, rng),
         excerpts=[
-            Excerpt(sample.shard[i].name, int(sample.document[i]), len(tokens), beginning(tokens, 600))
+            Excerpt(
+                sample.shard[i].name, int(sample.document[i]), len(tokens), beginning(shards.tokenizer, tokens, 600)
+            )
             for i, tokens in ((i, sample.tokens_of(i)) for i in chosen)
         ],
     )
@@ -260,14 +289,15 @@ def _length_figures(shards: ShardSet, surveyed: Surveyed, context: int) -> dict[
 
 def _token_figures(shards: ShardSet, sample: Sample) -> dict[str, Any]:
     """Which tokens the sampled documents have."""
-    counts = np.zeros(2**16, dtype=np.int64)
+    tokenizer, n_counted = shards.tokenizer, max(2**16, shards.vocab_size + 1)
+    counts = np.zeros(n_counted, dtype=np.int64)
     for start in range(0, len(sample.tokens), 2**22):  # in pieces, as bincount makes int64 of what it is given
-        block = np.minimum(sample.tokens[start : start + 2**22], 2**16 - 1)  # other projects' files may hold more
-        counts += np.bincount(block, minlength=2**16)
+        block = sample.tokens[start : start + 2**22].astype(np.int64)
+        counts += np.bincount(block.clip(max=n_counted - 1), minlength=n_counted)  # other projects' may hold more
     most_frequent = [token for token in np.argsort(-counts, kind="stable")[:8].tolist() if counts[token]]
     return {
-        "bytes_per_token": float(counts[:VOCAB_SIZE] @ token_byte_lengths() / len(sample.tokens)),
-        "frequent": [(decode([token]), float(counts[token] / len(sample.tokens))) for token in most_frequent],
+        "bytes_per_token": float(counts[: tokenizer.vocab_size] @ tokenizer.token_byte_lengths / len(sample.tokens)),
+        "frequent": [(tokenizer.decode([token]), float(counts[token] / len(sample.tokens))) for token in most_frequent],
         "vocab_size": shards.vocab_size,
         "never_seen": int((counts[: shards.vocab_size] == 0).sum()),
         "outside_vocabulary": int(counts[shards.vocab_size :].sum()),

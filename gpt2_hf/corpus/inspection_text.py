@@ -2,16 +2,14 @@
 
 import unicodedata
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from .copies import NEAR, Repeats
 from .inspection import EDGES, FirstBatch, Inspection, SplitFigures
-from .token_text import beginning, decode
 
-WIDTH, QUOTED_LINES, SHOWN_PIECES = 100, 20, 5
+WIDTH, QUOTED_LINES = 100, 20
 COLORS = ("#2563a8", "#c4541a", "#3f8f4f")
 
 
@@ -176,15 +174,14 @@ def _batch_lines(batch: FirstBatch) -> list[str]:
         f"{batch.unbroken:.1%} of its windows have none",
         f"  labels are inputs shifted by one: {'yes' if batch.labels_shifted else 'NO'}",
     ]
-    for number, window in enumerate(batch.windows):
+    for number, (window, texts) in enumerate(zip(batch.windows, batch.shown, strict=True)):
         lines += ["", f"window {number}", f"  {'position':<10}{'input':<32}label"]
-        shown = [f"{token:>5} {decode([token])!r}" for token in window[:9]]
+        shown = [f"{token:>5} {text!r}" for token, text in zip(window, texts.tokens, strict=False)]
         lines += [f"  {i:<10}{shown[i]:<32}{shown[i + 1]}" for i in range(len(shown) - 1)]
-        cuts = [0, *(i for i in range(1, len(window)) if window[i - 1] == batch.eot), len(window)]
-        for start, stop in list(pairwise(cuts))[:SHOWN_PIECES]:
-            lines += [f"  tokens {start:,} to {stop - 1:,}", *_quote(beginning(window[start:stop], 300))]
-        if len(cuts) > SHOWN_PIECES + 1:
-            lines.append(f"  and the beginnings of {len(cuts) - 1 - SHOWN_PIECES:,} more documents")
+        for start, stop, text in texts.pieces:
+            lines += [f"  tokens {start:,} to {stop - 1:,}", *_quote(text)]
+        if more := texts.n_pieces - len(texts.pieces):
+            lines.append(f"  and the beginnings of {more:,} more documents")
     return lines
 
 

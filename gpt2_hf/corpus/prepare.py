@@ -21,7 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from ..data.shards import FORMAT, VERSION
+import numpy as np
+
+from ..data.shards import FORMAT, TOKENIZER, VERSION
+from ..data.tokenizer import Tokenizer, open_tokenizer
 from ..files import lock_folder
 from ..program import UserError
 from .audit import ERRORS
@@ -32,10 +35,10 @@ from .near_duplicates import MarkNearDuplicates, minhash_stages
 from .read import TASK_BYTES, Piece, ReadDocuments, Source, describe, find_files, plan
 from .running import Stage, run, submit
 from .settings import PrepareConfig
-from .write import Split, WriteShards, WriteTokens, write_json, written_so_far
+from .write import Encoder, Split, WriteShards, WriteTokens, tokenizer_entry, write_json, written_so_far
 
 WORK = ".preparing"  # below --out while it works: the plan, tokens by task, what the stages leave for each other
-RESULTS = ("train", "val", "logs", "llmc", "report.json", "report.md")
+RESULTS = ("train", "val", TOKENIZER, "logs", "llmc", "report.json", "report.md")
 SETTLED_LATE = ("tokens_per_shard", "val_fraction", "val_documents")  # by the last stage: finished tasks stay good
 REMEDY = "choose another --out, or pass --overwrite true"
 
@@ -48,13 +51,14 @@ def prepare(config: PrepareConfig) -> Path:
     that says what to do.
     """
     config = config.resolved()
+    tokenizer = open_tokenizer(config.tokenizer)
     out = Path(config.out)
     manifest_path = out / "manifest.json"
     if (done := _read_manifest(manifest_path)) is not None and not config.overwrite:
-        _check_same(config, done)
+        _check_same(config, tokenizer, done)
         print(f"{manifest_path}: already prepared")
     else:
-        _write(config, out)
+        _write(config, tokenizer, out)
         if config.executor == "slurm":
             return manifest_path
     shutil.rmtree(out / WORK, ignore_errors=True)
@@ -64,7 +68,7 @@ def prepare(config: PrepareConfig) -> Path:
     return manifest_path
 
 
-def _write(config: PrepareConfig, out: Path) -> None:
+def _write(config: PrepareConfig, tokenizer: Tokenizer, out: Path) -> None:
     """Prepare the data, or go on with that; with Slurm, only submit the jobs."""
     if config.executor == "slurm" and not shutil.which("sbatch"):
         raise UserError("sbatch is not there: run this where Slurm jobs are submitted, or choose another --executor")
@@ -73,12 +77,19 @@ def _write(config: PrepareConfig, out: Path) -> None:
     facts, source, tasks = plan(config.source(), out)
     # The plan is this run's identity: a later start with the same plan goes on with it.
     recorded = {key: value for key, value in config.recorded().items() if key not in SETTLED_LATE}
+    if not tokenizer.is_gpt2:
+        recorded |= {"tokenizer": _called(tokenizer_entry(tokenizer))}
     changed = [os.stat(piece.path).st_mtime_ns for task in tasks for piece in task if piece.kind != "rows"]
     identity = {"config": recorded, "source": facts, "task_bytes": TASK_BYTES, "changed": changed}
     with _only_writer(out):
         _start_or_resume(out, identity, config)
+        encoder = Encoder()
+        if not tokenizer.is_gpt2:
+            encoder = Encoder(tokenizer.name, str((out / TOKENIZER).absolute()), tokenizer.fingerprint)
+            tokenizer.save(out / TOKENIZER)
+            print(_described(tokenizer))
         unread = unread_files(config.inputs, out)
-        stages = _stages(config, facts, source, tasks, unread)
+        stages = _stages(config, facts, source, tasks, unread, encoder)
         if config.executor == "slurm":
             submit(stages, config, out / WORK / "jobs")
             logs = out.absolute() / "logs"
@@ -94,6 +105,17 @@ def _write(config: PrepareConfig, out: Path) -> None:
         _say_unread(facts["files"], unread)
 
 
+def _described(tokenizer: Tokenizer) -> str:
+    how = "by tiktoken"
+    if tokenizer.encoder != "tiktoken":
+        how = "by tokenizers (2 to 3 MB/s a process, a quarter of what tiktoken does, whose ids may differ)"
+    form = "; texts are put in form NFC, and bytes are of those" if tokenizer.normalizes else ""
+    what = (
+        f"{tokenizer.vocab_size:,} entries, {tokenizer.dtype.name}, end of text {tokenizer.eot_token} ({tokenizer.eot})"
+    )
+    return f"tokenizer {tokenizer.name}: {what}; encoded {how}{form}"
+
+
 def _say_unread(read: int, unread: dict[str, int]) -> None:
     ours = sorted({*unread} & {*BY_DATASETS})
     remedy = f"; --dataset FOLDER reads a folder of {' or '.join(ours)}" if ours else ""
@@ -101,7 +123,12 @@ def _say_unread(read: int, unread: dict[str, int]) -> None:
 
 
 def _stages(
-    config: PrepareConfig, facts: dict[str, Any], source: Source, tasks: list[list[Piece]], unread: dict[str, int]
+    config: PrepareConfig,
+    facts: dict[str, Any],
+    source: Source,
+    tasks: list[list[Piece]],
+    unread: dict[str, int],
+    encoder: Encoder,
 ) -> list[Stage]:
     """The pipelines, in order."""
     out = Path(config.out).absolute()  # jobs of a cluster run elsewhere
@@ -116,11 +143,11 @@ def _stages(
         evaluations = tuple(str(Path(e).absolute()) if Path(e).exists() else e for e in config.decontaminate)
         steps.append(MarkContaminated(evaluations, config.decontaminate_ngram, config.contaminated))
     stop = config.on_error == "stop"
-    steps.append(WriteTokens(str(work), config.val_ids, stop))
+    steps.append(WriteTokens(str(work), config.val_ids, stop, encoder))
     split = Split(
         config.val_fraction, config.val_documents, config.val_ids, config.tokens_per_shard, config.dedup != "none"
     )
-    shards = WriteShards(str(out), str(work), split, tasks, config.recorded(), facts, unread, stop)
+    shards = WriteShards(str(out), str(work), split, tasks, config.recorded(), facts, unread, stop, encoder)
     return [*stages, Stage("tokens", steps, len(tasks)), Stage("shards", [shards], 1)]
 
 
@@ -137,12 +164,18 @@ def _read_manifest(path: Path) -> dict[str, Any] | None:
     return done
 
 
-def _check_same(config: PrepareConfig, done: dict[str, Any]) -> None:
+def _called(entry: Any) -> Any:
+    """A manifest's entry of a tokenizer, in a word."""
+    return f"{entry['name']} ({entry['sha256'][:12]})" if isinstance(entry, dict) else entry
+
+
+def _check_same(config: PrepareConfig, tokenizer: Tokenizer, done: dict[str, Any]) -> None:
     """Raise ValueError unless the manifest `done` is what `config` would give."""
     out = Path(config.out)
     if done.get("version") != VERSION:
         raise UserError(f"{out} was prepared by an earlier version: {REMEDY}")
-    old, new = done.get("config", {}), config.recorded()
+    old = done.get("config", {}) | {"tokenizer": _called(done.get("tokenizer"))}
+    new = config.recorded() | {"tokenizer": _called(tokenizer_entry(tokenizer))}
     if old != new:
         changes = ", ".join(
             f"{key} was {old.get(key)}, now {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)
@@ -157,7 +190,7 @@ def _check_same(config: PrepareConfig, done: dict[str, Any]) -> None:
     for split in done["splits"].values():
         for shard in split["shards"]:
             path = out / shard["file"]
-            if not path.exists() or path.stat().st_size != 2 * shard["tokens"]:
+            if not path.exists() or path.stat().st_size != np.dtype(done["dtype"]).itemsize * shard["tokens"]:
                 raise UserError(f"{path} is missing or cut short: pass --overwrite true to prepare the data again")
     errors = {reason: count for reason, count in done["dropped"].items() if reason in ERRORS and count}
     if config.on_error == "stop" and errors:

@@ -19,7 +19,7 @@ Surveyed = list[tuple[Shard, np.ndarray]]  # shards, and where their documents e
 class Sample:
     """Whole documents, one after the other in `tokens`."""
 
-    tokens: np.ndarray  # (n_tokens,) uint16
+    tokens: np.ndarray  # (n_tokens,) of an unsigned type
     ends: np.ndarray  # (n,) int64
     shard: list[Shard]  # of each document
     document: np.ndarray  # (n,) its number in its shard

@@ -27,6 +27,8 @@ class PrepareConfig(Source):
         text_field: field or column that has the text, data.text for one inside another; a .txt file is one document.
         encoding: of text files, such as latin-1 or utf-16.
         separator: or a .txt is cut into documents at this text, such as "<|endoftext|>".
+        tokenizer: instead of GPT-2's, another byte-level BPE: a folder with a tokenizer.json, or a model of the Hub. It
+            is copied to OUT/tokenizer, where all that uses the data finds it.
         out: folder to write to.
         workers: processes; 0 means one per core. The shards do not depend on it.
         tokens_per_shard: a new shard starts when the last one has this many tokens.
@@ -48,6 +50,7 @@ class PrepareConfig(Source):
         slurm_memory_gb: memory of a task, for Slurm and Ray.
     """
 
+    tokenizer: Annotated[str, PathName()] | None = None
     out: Annotated[str, PathName()] = ""
     workers: Annotated[int, Range(0, 10_000)] = 0
     tokens_per_shard: Annotated[int, Range(1)] = 100_000_000
@@ -84,9 +87,10 @@ class PrepareConfig(Source):
         return replace(self, val_fraction=VAL_FRACTION)
 
     def recorded(self) -> dict[str, Any]:
-        """What the shards depend on, as JSON: no worker count, and names in place of local paths."""
+        """What the shards depend on, as JSON: no worker count, names in place of local paths, and no tokenizer, which
+        is recorded by its content."""
         values = asdict(self)
-        for name in ("out", "workers", "overwrite", "on_error", "export", "executor"):
+        for name in ("tokenizer", "out", "workers", "overwrite", "on_error", "export", "executor"):
             del values[name]
         values = {name: value for name, value in values.items() if not name.startswith("slurm_")}
         if self.encoding == "utf-8":  # as in manifests from before there was a choice

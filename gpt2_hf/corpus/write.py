@@ -3,11 +3,12 @@
     WriteTokens   task N: its documents' tokens as parts/N.ds, a RECORD of each as parts/N.docs, a tally as parts/N.json
     WriteShards   one task: all parts, in the order of the tasks, as train/, val/, report.json, report.md, manifest.json
 
-The shards are datatrove's: `NNNNN.ds` (uint16 tokens, little-endian), `NNNNN.ds.index` (uint64, where each document
-ends, in tokens) and `NNNNN.ds.metadata`.
+The shards are datatrove's: `NNNNN.ds` (uint16 tokens, little-endian, or uint32 of a vocabulary that needs it),
+`NNNNN.ds.index` (uint64, where each document ends, in tokens) and `NNNNN.ds.metadata`.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -22,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from ..data.shards import FORMAT, VERSION, sample_digest
-from ..data.tokenizer import EOT, VOCAB_SIZE, bulk_encoder, encode_document
+from ..data.tokenizer import GPT2, Tokenizer, open_tokenizer
 from ..files import to_disk, whole_file
 from ..program import UserError
 from .audit import ERRORS, EXCERPT, REPORTS_PER_TASK, Tally, add_line_numbers, sentence, write_reports
@@ -61,6 +62,32 @@ class Split:
     exact_dedup: bool
 
 
+@functools.lru_cache(maxsize=1)  # a worker has many tasks
+def _opened(folder: str | None, sha256: str) -> Tokenizer:
+    found = open_tokenizer(folder)
+    if found.fingerprint != sha256:
+        raise UserError(f"{folder} has changed since this preparation began: start it again with --overwrite true")
+    return found
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The tokenizer of a preparation, by its name and where every worker finds it; GPT-2's comes with the package."""
+
+    name: str = GPT2
+    folder: str | None = None
+    sha256: str = ""
+
+    def open(self) -> Tokenizer:
+        """Raises UserError where it has changed."""
+        return _opened(self.folder, self.sha256) if self.folder else open_tokenizer(None)
+
+
+def tokenizer_entry(tokenizer: Tokenizer, name: str | None = None) -> str | dict[str, str]:
+    """What a manifest says of it: "gpt2" of the shipped one."""
+    return GPT2 if tokenizer.is_gpt2 else {"name": name or tokenizer.name, "sha256": tokenizer.fingerprint}
+
+
 @dataclass(frozen=True)
 class WriteTokens:
     """Pipeline step. With `stop` an unusable document raises ValueError, in one line that says where it is."""
@@ -68,9 +95,11 @@ class WriteTokens:
     folder: str
     val_ids: tuple[str, ...]
     stop: bool = False
+    encoder: Encoder = Encoder()
 
     def __call__(self, data: "Iterable[Document]", rank: int, world_size: int) -> None:
         base = f"{self.folder}/{rank:05d}"
+        tokenizer = self.encoder.open()
         tally = Tally()
         read = tally.counts["read"]
         read.update(documents=0, bytes=0)
@@ -86,7 +115,7 @@ class WriteTokens:
                 reason = place.get("skipped")
                 if reason is None:
                     try:
-                        tokens = encode_document(text)
+                        tokens = tokenizer.encode_document(text)
                     except UnicodeError as error:
                         reason, place["detail"] = "surrogate", str(error)
                 raw = text.encode(errors="surrogatepass")  # after the encoder, which makes Python keep a copy of it
@@ -102,8 +131,8 @@ class WriteTokens:
                 if reported := place.get("reported"):
                     tally.add(reported, place, text, kept=True)
                 token_end += len(tokens)
-                byte_end += n_bytes
-                tokens_file.write(tokens.astype("<u2", copy=False).data)
+                byte_end += int(tokenizer.token_byte_lengths[tokens].sum()) if tokenizer.normalizes else n_bytes
+                tokens_file.write(tokens.data)
                 at = place.get("line", place.get("offset", 0))
                 if named := document.id in self.val_ids:
                     tally.named.add(document.id)
@@ -134,6 +163,7 @@ class WriteShards:
     source: dict[str, Any]
     unread: dict[str, int] = field(default_factory=dict)  # files by their ending, for the report
     stop: bool = False
+    encoder: Encoder = Encoder()
 
     def __call__(self, data: Any, rank: int, world_size: int) -> None:
         out = Path(self.out)
@@ -155,13 +185,14 @@ class WriteShards:
             )
         splits = self._cut_shards(records, parts)
         write_reports(out, tally, self.source, splits, self.unread)
+        tokenizer = self._tokenizer
         manifest = {
             "format": FORMAT,
             "version": VERSION,
-            "tokenizer": "gpt2",
-            "vocab_size": VOCAB_SIZE,
-            "dtype": "uint16",
-            "eot": EOT,
+            "tokenizer": tokenizer_entry(tokenizer, self.encoder.name),
+            "vocab_size": tokenizer.vocab_size,
+            "dtype": tokenizer.dtype.name,
+            "eot": tokenizer.eot,
             "config": self.config,
             "source": self.source,
             "dropped": dict(sorted(tally.counts["dropped"].items())),
@@ -170,6 +201,19 @@ class WriteShards:
         write_json(out / "manifest.json", manifest)
         for name, got in splits.items():
             print(f"{name}: {got['tokens']:,} tokens, {got['documents']:,} documents, {len(got['shards'])} shard(s)")
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        return self.encoder.open()
+
+    def _part(self, part: Path) -> np.ndarray:
+        """All tokens of a part, mapped."""
+        return np.memmap(part.with_suffix(".ds"), self._tokenizer.dtype, "r")
+
+    def _writer(self, split: str) -> "_ShardWriter":
+        return _ShardWriter(
+            Path(self.out), split, self.split.tokens_per_shard, self.encoder.name, self._tokenizer.dtype
+        )
 
     def _drop_copies(self, records: "_Records", parts: list[Path], tally: Tally) -> None:
         """Drop all but the first document of each text."""
@@ -188,8 +232,8 @@ class WriteShards:
         rows = read_records(parts[part])
         piece = self.tasks[part][rows[index]["piece"]]
         begin = int(rows[index - 1]["token_end"]) if index else 0
-        tokens = np.memmap(parts[part].with_suffix(".ds"), "<u2", "r")[begin : int(rows[index]["token_end"]) - 1]
-        text = bulk_encoder().decode(tokens[:EXCERPT].tolist())[:EXCERPT]
+        tokens = self._part(parts[part])[begin : int(rows[index]["token_end"]) - 1]
+        text = self._tokenizer.decode(tokens[: 4 * EXCERPT])[:EXCERPT]  # no character has more bytes
         at = "offset" if piece.kind == "bytes" and self.config["separator"] is None else "line"
         return {"file": piece.path, at: int(rows[index]["place"]), "text": text}
 
@@ -205,12 +249,12 @@ class WriteShards:
         # 0 for training, 1 for validation, 2 for neither.
         labels = np.where(records.dropped, 2, held_out)
         splits = ("train", "val")
-        writers = [_ShardWriter(Path(self.out), split, self.split.tokens_per_shard) for split in splits]
+        writers = [self._writer(split) for split in splits]
         for number, part in enumerate(parts):
             rows = read_records(part)
             if not len(rows):
                 continue
-            tokens = np.memmap(part.with_suffix(".ds"), "<u2", "r")
+            tokens = self._part(part)
             if len(tokens) != rows[-1]["token_end"]:
                 raise OSError(
                     f"{part}.ds has {len(tokens)} tokens, not {rows[-1]['token_end']}: delete {self.out} and repeat"
@@ -233,24 +277,24 @@ class WriteShards:
         part, index = records.locate(document)
         rows = read_records(parts[part])
         begin = int(rows[index - 1]["token_end"]) if index else 0
-        tokens = np.fromfile(parts[part].with_suffix(".ds"), "<u2")[begin : int(rows[index]["token_end"]) - 1]
+        tokens = np.array(self._part(parts[part])[begin : int(rows[index]["token_end"]) - 1])
         if len(tokens) < 2:
             raise UserError("there is one document of one token: prepare more text, or pass --val_fraction 0")
         assert self.split.val_fraction
         held_out = max(int(len(tokens) * self.split.val_fraction), min(LEAST_HELD_OUT, len(tokens) // 10), 1)
         cut = len(tokens) - held_out
-        encoder = bulk_encoder()
+        tokenizer = self._tokenizer
         for near in range(cut, max(cut - NEAR, 1), -1):
-            if encoder.decode_single_token_bytes(int(tokens[near - 1])).endswith(b"\n"):
+            if tokenizer.token_bytes[tokens[near - 1]].endswith(b"\n"):
                 cut = near
                 break
         print(f"one document: its last {len(tokens) - cut:,} of {len(tokens):,} tokens are held out for validation")
         written = {}
         for split, share in (("train", tokens[:cut]), ("val", tokens[cut:])):
-            writer = _ShardWriter(Path(self.out), split, self.split.tokens_per_shard)
+            writer = self._writer(split)
             row = np.zeros(1, RECORD)
-            row["token_end"], row["byte_end"] = len(share) + 1, len(encoder.decode_bytes(share.tolist()))
-            writer.write(np.append(share, np.uint16(EOT)).astype("<u2"), row, 0, 1)
+            row["token_end"], row["byte_end"] = len(share) + 1, tokenizer.token_byte_lengths[share].sum()
+            writer.write(np.append(share, tokenizer.eot).astype(tokenizer.dtype), row, 0, 1)
             written[split] = writer.close()
         return written
 
@@ -341,10 +385,11 @@ def write_json(path: Path, value: Any) -> None:
 class _ShardWriter:
     """Writes one split's shards; a document is never divided."""
 
-    def __init__(self, out: Path, split: str, tokens_per_shard: int) -> None:
+    def __init__(self, out: Path, split: str, tokens_per_shard: int, tokenizer: str, dtype: np.dtype) -> None:
         shutil.rmtree(out / split, ignore_errors=True)
         (out / split).mkdir()
         self.out, self.split, self.tokens_per_shard = out, split, tokens_per_shard
+        self.tokenizer, self.dtype = tokenizer, dtype
         self.shards: list[dict[str, Any]] = []
         self.files: tuple[IO[bytes], IO[bytes]] | None = None
 
@@ -400,9 +445,9 @@ class _ShardWriter:
         self.files = None
         shard = self.shards[-1]
         path = self.out / shard["file"]
-        shard["sha256_of_samples"] = sample_digest(np.memmap(path, "<u2", "r"))
+        shard["sha256_of_samples"] = sample_digest(np.memmap(path, self.dtype, "r"))
         shard["sha256"], shard["index_sha256"] = (digest.hexdigest() for digest in self.sha256)
         count = shard["tokens"]
         # As datatrove's own writer: tokenizer and bytes per token, tokens, tokens for people.
-        metadata = f"gpt2|2\n{count}\n{humanize.metric(count, unit='T')}"
+        metadata = f"{self.tokenizer}|{self.dtype.itemsize}\n{count}\n{humanize.metric(count, unit='T')}"
         (self.out / f"{shard['file']}.metadata").write_text(metadata, encoding="utf-8")

@@ -2,7 +2,7 @@
 
     llm.c            256 little-endian int32 (20240520, 1, number of tokens, zeros), then uint16 tokens
     build-nanogpt    a NumPy array of one dimension; besides uint16 also wider integers
-    nanoGPT          uint16 tokens and nothing else
+    nanoGPT          uint16 tokens and nothing else (uint32, of a vocabulary that needs it)
     datatrove        uint16 or uint32 tokens, and beside them NAME.index: uint64 ends of the documents
 
 Nobody but datatrove says where documents begin: that is found from <|endoftext|>, which llm.c and build-nanogpt put
@@ -23,7 +23,7 @@ from itertools import pairwise
 import numpy as np
 
 from .folder import Folder, ShardError
-from .tokenizer import EOT, VOCAB_SIZE
+from .tokenizer import Tokenizer
 
 GPT2_TOKENIZERS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")  # one tokenizer, five models
 
@@ -77,14 +77,15 @@ class TokenFile:
         )
 
 
-def find_token_files(folder: Folder, sizes: dict[str, int]) -> list[TokenFile]:
+def find_token_files(folder: Folder, sizes: dict[str, int], tokenizer: Tokenizer) -> list[TokenFile]:
     """The token files of a folder, sorted by name, all of one format.
 
-    Raises ShardError, naming the file, for one that is damaged, holds no GPT-2 tokens or is of another format.
+    Raises ShardError, naming the file, for one that is damaged, holds no tokens of this tokenizer or is of another
+    format.
     """
     names = [name for name in sizes if not any(part.startswith(".") for part in name.split("/"))]
     with ThreadPoolExecutor(16) as pool:  # a remote folder takes its time to answer
-        files = [file for file in pool.map(partial(examine, folder, sizes), names) if file]
+        files = [file for file in pool.map(partial(examine, folder, sizes, tokenizer), names) if file]
     for file in files:
         if file.format != files[0].format:
             raise ShardError(
@@ -94,9 +95,9 @@ def find_token_files(folder: Folder, sizes: dict[str, int]) -> list[TokenFile]:
     return files
 
 
-def examine(folder: Folder, sizes: dict[str, int], name: str) -> TokenFile | None:
+def examine(folder: Folder, sizes: dict[str, int], tokenizer: Tokenizer, name: str) -> TokenFile | None:
     """What a file is; None if it is none of the formats. Raises ShardError as `find_token_files`."""
-    file = _recognise(folder, sizes, name)
+    file = _recognise(folder, sizes, tokenizer, name)
     if file is None:
         return None
     item = np.dtype(file.dtype).itemsize
@@ -111,12 +112,12 @@ def examine(folder: Folder, sizes: dict[str, int], name: str) -> TokenFile | Non
     length = min(LOOK_BYTES // item, file.n_tokens)
     starts = (0, (file.n_tokens - length) // 2, file.n_tokens - length)
     windows = [file.read(start, start + length) for start in starts]
-    _refuse_what_is_not_gpt2(file, windows)
+    _refuse_other_tokens(file, tokenizer, windows)
     digest = hashlib.sha256(b"".join(window.tobytes() for window in windows)).hexdigest()
     return replace(file, first=int(windows[0][0]), last=int(windows[-1][-1]), digest=digest)
 
 
-def _recognise(folder: Folder, sizes: dict[str, int], name: str) -> TokenFile | None:
+def _recognise(folder: Folder, sizes: dict[str, int], tokenizer: Tokenizer, name: str) -> TokenFile | None:
     """The format of a file and what its header or index says."""
     if any(name.endswith(ending) and name.removesuffix(ending) in sizes for ending in (".index", ".metadata", ".loss")):
         return None
@@ -126,7 +127,7 @@ def _recognise(folder: Folder, sizes: dict[str, int], name: str) -> TokenFile | 
     if head[:6] == b"\x93NUMPY":
         return TokenFile(folder, name, "npy", *_npy_layout(path, head))
     if f"{name}.index" in sizes:
-        dtype, n_tokens, n_documents = _datatrove_layout(folder, sizes, name)
+        dtype, n_tokens, n_documents = _datatrove_layout(folder, sizes, tokenizer, name)
         return TokenFile(folder, name, "datatrove", dtype, 0, n_tokens, n_documents)
     if name.endswith(".ds"):
         raise ShardError(
@@ -136,26 +137,29 @@ def _recognise(folder: Folder, sizes: dict[str, int], name: str) -> TokenFile | 
     if name.endswith((".bin", ".npy")):
         if f"{name.rpartition('/')[0]}/meta.pkl".lstrip("/") in sizes:
             raise ShardError(
-                f"{path} has a meta.pkl beside it, so its numbers stand for characters, not for GPT-2's tokens: "
+                f"{path} has a meta.pkl beside it, so its numbers stand for characters, not for tokens: "
                 "make tokens of the text with python scripts/prepare_data.py"
             )
-        _refuse_unless_raw(path, sizes[name], head)
-        return TokenFile(folder, name, "raw uint16", "<u2", 0, sizes[name] // 2)
+        of = tokenizer.dtype
+        _refuse_unless_raw(path, sizes[name], head, of)
+        return TokenFile(folder, name, f"raw {of.name}", of.str, 0, sizes[name] // of.itemsize)
     return None
 
 
-def _refuse_what_is_not_gpt2(file: TokenFile, windows: list[np.ndarray]) -> None:
-    """Raise ShardError for tokens that GPT-2's tokenizer did not make; `windows` are some from the begin to the end."""
-    if (largest := max(int(window.max()) for window in windows)) >= VOCAB_SIZE:
+def _refuse_other_tokens(file: TokenFile, tokenizer: Tokenizer, windows: list[np.ndarray]) -> None:
+    """Raise ShardError for tokens that this tokenizer did not make; `windows` are some from the begin to the end."""
+    if (largest := max(int(window.max()) for window in windows)) >= tokenizer.vocab_size:
+        whose = "GPT-2's vocabulary" if tokenizer.is_gpt2 else f"the vocabulary of the tokenizer {tokenizer.name},"
         raise ShardError(
-            f"{file.path} holds token {largest}, outside GPT-2's vocabulary of {VOCAB_SIZE}: it is damaged, or made "
-            "with another tokenizer, or no file of tokens"
+            f"{file.path} holds token {largest}, outside {whose} of {tokenizer.vocab_size}: it is damaged, or made "
+            "with another tokenizer (data.tokenizer names it), or no file of tokens"
         )
     if (zeros := max(map(longest_zeros, windows))) >= ZEROS:
         raise holes(file.path, zeros)
-    if file.format == "datatrove" and windows[-1][-1] != EOT:
+    if file.format == "datatrove" and windows[-1][-1] != tokenizer.eot:
+        eot = tokenizer.eot_token
         raise ShardError(
-            f"{file.path}: its documents do not end with <|endoftext|>: tokenize them again with that as eos_token"
+            f"{file.path}: its documents do not end with {eot}: tokenize them again with that as eos_token"
         )
 
 
@@ -200,15 +204,15 @@ def _npy_layout(path: str, head: bytes) -> tuple[str, int, int]:
     return f"<u{dtype.itemsize}", stream.tell(), shape[0]
 
 
-def _datatrove_layout(folder: Folder, sizes: dict[str, int], name: str) -> tuple[str, int, int]:
+def _datatrove_layout(folder: Folder, sizes: dict[str, int], tokenizer: Tokenizer, name: str) -> tuple[str, int, int]:
     path, index_size = f"{folder.location}/{name}", sizes[f"{name}.index"]
     last_end = read_last_end(folder, name, index_size)
-    if f"{name}.metadata" in sizes:
-        tokenizer = folder.read(f"{name}.metadata").decode("utf-8", "replace").partition("\n")[0].rpartition("|")[0]
-        if tokenizer.rpartition("/")[2] not in GPT2_TOKENIZERS:
+    if tokenizer.is_gpt2 and f"{name}.metadata" in sizes:
+        named = folder.read(f"{name}.metadata").decode("utf-8", "replace").partition("\n")[0].rpartition("|")[0]
+        if named.rpartition("/")[2] not in GPT2_TOKENIZERS:
             raise ShardError(
-                f"{path}.metadata names the tokenizer {tokenizer!r}, not 'gpt2': tokenize again, or if it is GPT-2's "
-                "under another name, delete that file"
+                f"{path}.metadata names the tokenizer {named!r}, not 'gpt2': name it with data.tokenizer, or if it is "
+                "GPT-2's under another name, delete that file"
             )
     if index_size % INDEX_BYTES or not last_end or sizes[name] not in (2 * last_end, 4 * last_end):
         raise ShardError(
@@ -223,13 +227,14 @@ def read_last_end(folder: Folder, name: str, index_size: int) -> int:
     return int.from_bytes(folder.read(f"{name}.index", max(index_size - INDEX_BYTES, 0), index_size), "little")
 
 
-def _refuse_unless_raw(path: str, size: int, head: bytes) -> None:
+def _refuse_unless_raw(path: str, size: int, head: bytes, dtype: np.dtype) -> None:
     """Raw tokens carry no mark, so this knows what else such a file could be."""
-    if size % 2:
-        raise ShardError(f"{path} has {size:,} bytes, uint16 tokens an even number: it is cut short, copy it again")
+    if size % dtype.itemsize:
+        number = "an even number" if dtype.itemsize == 2 else f"a multiple of {dtype.itemsize}"
+        raise ShardError(f"{path} has {size:,} bytes, {dtype.name} tokens {number}: it is cut short, copy it again")
     if head and _is_text(head):
         raise ShardError(f"{path} is text, not tokens: make tokens of it with python scripts/prepare_data.py {path}")
-    if len(head) > 8 and not any(head[2::4]) and not any(head[3::4]):
+    if dtype.itemsize == 2 and len(head) > 8 and not any(head[2::4]) and not any(head[3::4]):
         raise ShardError(
             f"{path} has zeros in every second place: raw tokens are uint16, not 4 bytes each, and a file with holes "
             "was not copied whole"
@@ -256,8 +261,8 @@ def split_of(name: str) -> str:
     return "train"
 
 
-def begins_with_eot(files: Iterable[TokenFile]) -> bool:
-    """Whether <|endoftext|> begins each document (or ends it), from all files of a folder.
+def begins_with_eot(files: Iterable[TokenFile], eot: int) -> bool:
+    """Whether the token `eot` begins each document (or ends it), from all files of a folder.
 
     Inside a row of tokens the two look alike, and shards are cut anywhere. Only where the whole row begins or ends can
     they be told apart: at the files with the lowest numbers and those with the highest. Where that says nothing, as
@@ -266,15 +271,15 @@ def begins_with_eot(files: Iterable[TokenFile]) -> bool:
     files = list(files)
     numbers = [tuple(map(int, re.findall(r"\d+", file.name.rpartition("/")[2]))) for file in files]
     lowest, highest = min(numbers), max(numbers)
-    begins = any(file.first == EOT for file, number in zip(files, numbers, strict=True) if number == lowest)
-    ends = any(file.last == EOT for file, number in zip(files, numbers, strict=True) if number == highest)
+    begins = any(file.first == eot for file, number in zip(files, numbers, strict=True) if number == lowest)
+    ends = any(file.last == eot for file, number in zip(files, numbers, strict=True) if number == highest)
     return begins if begins != ends else files[0].format in ("llm.c", "npy")
 
 
-def find_document_ends(tokens: np.ndarray, eot_first: bool) -> np.ndarray:
+def find_document_ends(tokens: np.ndarray, eot: int, eot_first: bool) -> np.ndarray:
     """Where each document ends, (documents,) int64; a piece of a document at either end counts as one."""
     blocks = [
-        np.flatnonzero(tokens[start : start + SCAN_TOKENS] == EOT) + start
+        np.flatnonzero(tokens[start : start + SCAN_TOKENS] == eot) + start
         for start in range(0, len(tokens), SCAN_TOKENS)
     ]
     ends = np.concatenate(blocks) + (0 if eot_first else 1)
@@ -282,7 +287,7 @@ def find_document_ends(tokens: np.ndarray, eot_first: bool) -> np.ndarray:
     return np.concatenate([ends[(ends > 0) & (ends < len(tokens))], borders])
 
 
-def cut_points(file: TokenFile, eot_first: bool) -> list[int]:
+def cut_points(file: TokenFile, eot: int, eot_first: bool) -> list[int]:
     """Where to cut a long file into parts of about PART_TOKENS: 0, ..., n_tokens."""
     n_parts = max(1, (file.n_tokens + PART_TOKENS // 2) // PART_TOKENS)
     shares = [file.n_tokens * i // n_parts for i in range(n_parts + 1)]
@@ -290,7 +295,7 @@ def cut_points(file: TokenFile, eot_first: bool) -> list[int]:
     for share, next_share in pairwise(shares[1:]):
         cut = share
         for start in range(share, min(share + SEARCH_TOKENS, next_share), LOOK_BYTES):
-            found = np.flatnonzero(file.read(start, min(start + LOOK_BYTES, next_share)) == EOT)
+            found = np.flatnonzero(file.read(start, min(start + LOOK_BYTES, next_share)) == eot)
             if len(found):
                 cut = start + int(found[0]) + (0 if eot_first else 1)
                 break

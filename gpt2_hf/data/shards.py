@@ -1,7 +1,9 @@
 """Reading token shards: the files of one split, checked when they are opened and mapped into memory when they are read.
 
     DATA/manifest.json
-    DATA/train/00000.ds          tokens, little-endian uint16, every document closed by <|endoftext|>
+    DATA/tokenizer/              that the tokens are of, if not GPT-2's
+    DATA/train/00000.ds          tokens, little-endian uint16 (uint32 where a vocabulary needs it), every document
+                                 closed by <|endoftext|>
     DATA/train/00000.ds.index    where each document ends, in tokens from the file's start, little-endian uint64
     DATA/val/...
 
@@ -22,11 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from ..program import UserError
 from .folder import Folder, LocalFolder, ShardError
 from .formats import (
-    EOT,
     INDEX_BYTES,
-    VOCAB_SIZE,
     ZEROS,
     TokenFile,
     begins_with_eot,
@@ -38,13 +39,13 @@ from .formats import (
     read_last_end,
     split_of,
 )
+from .tokenizer import FILES, GPT2, Tokenizer, gpt2_tokenizer, read_tokenizer
 
 __all__ = ["Folder", "LocalFolder", "Shard", "ShardError", "ShardSet", "SplitMissing", "open_split"]
 
 FORMAT = "gpt2_hf/shards"
 VERSION = 2
-TOKENIZER = "gpt2"
-TOKEN_BYTES = 2
+TOKENIZER = "tokenizer"  # the folder of a prepared one's
 VERIFY_TOKENS = 2**23
 SAMPLES, SAMPLE_TOKENS = 5, 1024  # places of a shard that are compared whenever it is mapped
 
@@ -64,7 +65,7 @@ class Shard:
     n_documents: int | None  # None until they are looked for
     digest: str  # of the file's content, or of parts of it
     sha256: dict[str, str | None]  # of each file that it is read from, as the manifest has it
-    tokens: Callable[[], np.ndarray]  # -> (n_tokens,) uint16; wider unsigned integers in other projects' files
+    tokens: Callable[[], np.ndarray]  # -> (n_tokens,) uint16, or wider unsigned integers
     document_ends: Callable[[], np.ndarray]  # -> (n_documents,) int64, increasing; the last is n_tokens
 
     @property
@@ -84,6 +85,7 @@ class ShardSet:
 
     split: str
     shards: tuple[Shard, ...]
+    tokenizer: Tokenizer
     vocab_size: int
     eot: int
     n_bytes: int | None  # UTF-8 text that the tokens were made from; None where nobody wrote it down
@@ -154,7 +156,7 @@ class ShardSet:
 def sample_digest(tokens: np.ndarray) -> str:
     """sha256 of a few places of a shard, its beginning, middle and end among them: seen cheaply at every opening."""
     starts = [(len(tokens) - SAMPLE_TOKENS) * i // (SAMPLES - 1) for i in range(SAMPLES)]
-    places = [tokens[max(start, 0) : max(start, 0) + SAMPLE_TOKENS].astype("<u2").tobytes() for start in starts]
+    places = [tokens[max(start, 0) : max(start, 0) + SAMPLE_TOKENS].tobytes() for start in starts]
     return hashlib.sha256(b"".join(places)).hexdigest()
 
 
@@ -166,45 +168,79 @@ def outside_vocabulary(shard: Shard, token: int, vocab_size: int) -> ShardError:
     )
 
 
-def open_split(path: str | Path | Folder, split: str) -> ShardSet:
+def open_split(path: str | Path | Folder, split: str, tokenizer: Tokenizer | None = None) -> ShardSet:
     """Open one split ("train" or "val") of a folder: a prepared one, or token files of another project (`formats.py`),
     of which one may also be named itself.
 
     Only file sizes and a few bytes of each file are looked at, so this is quick for any amount of data;
     `ShardSet.verify` reads everything. Raises ShardError, in one line, when something is missing or does not fit.
+
+    Args:
+        tokenizer: that the tokens are of. A prepared folder brings its own, which must be this one then; other files
+            are taken for GPT-2's if nothing is said.
     """
     folder = LocalFolder.open(path) if isinstance(path, str | Path) else path
     sizes = folder.sizes()
-    open_folder = _open_prepared if "manifest.json" in sizes else _open_foreign
-    return open_folder(folder, sizes, split)
+    if "manifest.json" in sizes:
+        return _open_prepared(folder, sizes, split, tokenizer)
+    return _open_foreign(folder, sizes, split, tokenizer or gpt2_tokenizer())
 
 
-def _open_prepared(folder: Folder, sizes: dict[str, int], split: str) -> ShardSet:
+def _open_prepared(folder: Folder, sizes: dict[str, int], split: str, expected: Tokenizer | None) -> ShardSet:
     source = f"{folder.location}/manifest.json"
     try:
         manifest = json.loads(folder.read("manifest.json").decode("utf-8"))
     except ValueError as error:
         raise ShardError(f"{source} is not valid JSON ({error}): prepare the data again") from None
     try:
-        kind = (manifest["format"], manifest["version"], manifest["dtype"])
-        if kind != (FORMAT, VERSION, "uint16"):
+        kind, dtype = (manifest["format"], manifest["version"]), manifest["dtype"]
+        if kind != (FORMAT, VERSION) or dtype not in ("uint16", "uint32"):
             raise ShardError(
-                f"{source} has format, version, dtype {kind}, this reader knows {(FORMAT, VERSION, 'uint16')}: "
-                "prepare the data again"
+                f"{source} has format, version, dtype {(*kind, dtype)}, this reader knows "
+                f"{(FORMAT, VERSION, 'uint16')} or uint32: prepare the data again"
             )
-        if manifest["tokenizer"] != TOKENIZER:
+        tokenizer = _prepared_tokenizer(folder, sizes, manifest["tokenizer"])
+        if expected and expected.fingerprint != tokenizer.fingerprint:
             raise ShardError(
-                f"{source} names the tokenizer {manifest['tokenizer']!r}, this reader knows '{TOKENIZER}': "
-                "prepare the data again"
+                f"{folder.location} was prepared with the tokenizer {tokenizer.name}, not with {expected.name}: leave "
+                "out data.tokenizer, or prepare the data again"
             )
         if split not in manifest["splits"]:
             raise SplitMissing(_no_split(folder, split, f"it has {', '.join(manifest['splits']) or 'none'}"))
         entry = manifest["splits"][split]
         with ThreadPoolExecutor(16) as pool:  # a remote folder takes its time to answer
-            shards = tuple(pool.map(partial(_open_ds, folder, sizes), entry["shards"]))
-        return ShardSet(split, shards, manifest["vocab_size"], manifest["eot"], entry["bytes"])
+            shards = tuple(pool.map(partial(_open_ds, folder, sizes, np.dtype(dtype)), entry["shards"]))
+        return ShardSet(split, shards, tokenizer, manifest["vocab_size"], manifest["eot"], entry["bytes"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ShardError(f"{source} lacks or garbles an entry ({error}): prepare the data again") from None
+
+
+def _prepared_tokenizer(folder: Folder, sizes: dict[str, int], entry: Any) -> Tokenizer:
+    """What a manifest's entry names: GPT-2's, or what lies in the folder."""
+    if entry == GPT2:
+        return gpt2_tokenizer()
+    if not isinstance(entry, dict):
+        raise ShardError(
+            f"{folder.location}/manifest.json names the tokenizer {entry!r}, and has none of its own: prepare the data "
+            "again"
+        )
+    place = f"{folder.location}/{TOKENIZER}"
+    files = {name: folder.read(f"{TOKENIZER}/{name}") for name in FILES if f"{TOKENIZER}/{name}" in sizes}
+    if not files:
+        raise ShardError(
+            f"{place} is gone, in which the tokenizer {entry['name']} of this data was: put it back, or prepare the "
+            "data again"
+        )
+    try:
+        found = read_tokenizer(entry["name"], files)
+    except UserError as error:
+        raise ShardError(f"{place}: {error}") from None
+    if found.fingerprint != entry["sha256"]:
+        raise ShardError(
+            f"{place} is not the tokenizer that this data was prepared with (sha256 {found.fingerprint[:12]}..., the "
+            f"manifest says {entry['sha256'][:12]}...): put it back, or prepare the data again"
+        )
+    return found
 
 
 def _no_split(folder: Folder, split: str, what: str) -> str:
@@ -212,10 +248,10 @@ def _no_split(folder: Folder, split: str, what: str) -> str:
     return f"{folder.location} has no split '{split}': {what}{remedy}"
 
 
-def _open_ds(folder: Folder, sizes: dict[str, int], entry: dict[str, Any]) -> Shard:
+def _open_ds(folder: Folder, sizes: dict[str, int], dtype: np.dtype, entry: dict[str, Any]) -> Shard:
     name, n_tokens, n_documents = entry["file"], entry["tokens"], entry["documents"]
     index = f"{name}.index"
-    for file, size in ((name, TOKEN_BYTES * n_tokens), (index, INDEX_BYTES * n_documents)):
+    for file, size in ((name, dtype.itemsize * n_tokens), (index, INDEX_BYTES * n_documents)):
         if file not in sizes:
             raise ShardError(
                 f"{folder.location}/{file} is in the manifest but not on disk: copy it again or prepare the data again"
@@ -233,7 +269,7 @@ def _open_ds(folder: Folder, sizes: dict[str, int], entry: dict[str, Any]) -> Sh
     samples = entry.get("sha256_of_samples")  # older manifests have none
 
     def tokens() -> np.ndarray:
-        mapped = folder.map(name, "<u2")
+        mapped = folder.map(name, f"<u{dtype.itemsize}")
         if samples and sample_digest(mapped) != samples:
             raise ShardError(
                 f"{folder.location}/{name} has changed since it was prepared, at its size: copy the file again or "
@@ -256,9 +292,9 @@ def _open_ds(folder: Folder, sizes: dict[str, int], entry: dict[str, Any]) -> Sh
     )
 
 
-def _open_foreign(folder: Folder, sizes: dict[str, int], split: str) -> ShardSet:
+def _open_foreign(folder: Folder, sizes: dict[str, int], split: str, tokenizer: Tokenizer) -> ShardSet:
     _refuse_folder_of_folders(folder, sizes)
-    files = find_token_files(folder, sizes)
+    files = find_token_files(folder, sizes, tokenizer)
     if not files:
         raise ShardError(
             f"no prepared data in {folder.location} (manifest.json not found, nor token files of another project): "
@@ -267,9 +303,10 @@ def _open_foreign(folder: Folder, sizes: dict[str, int], split: str) -> ShardSet
     chosen = [file for file in files if split_of(file.name) == split]
     if not chosen:
         raise SplitMissing(_no_split(folder, split, f"no file or folder in it has '{split}' in its name; name one so"))
-    eot_first = begins_with_eot(files)
-    shards = [shard for file in chosen for shard in _open_file(file, eot_first)]
-    return ShardSet(split, tuple(shards), VOCAB_SIZE, EOT, n_bytes=None, eot_first=eot_first)
+    eot, vocab_size = tokenizer.eot, tokenizer.vocab_size
+    eot_first = begins_with_eot(files, eot)
+    shards = [shard for file in chosen for shard in _open_file(file, eot, eot_first)]
+    return ShardSet(split, tuple(shards), tokenizer, vocab_size, eot, n_bytes=None, eot_first=eot_first)
 
 
 def _refuse_folder_of_folders(folder: Folder, sizes: dict[str, int]) -> None:
@@ -287,7 +324,7 @@ def _refuse_folder_of_folders(folder: Folder, sizes: dict[str, int]) -> None:
         raise ShardError(f"{folder.location} holds prepared folders, choose one of them: {names}{more}")
 
 
-def _open_file(file: TokenFile, eot_first: bool) -> list[Shard]:
+def _open_file(file: TokenFile, eot: int, eot_first: bool) -> list[Shard]:
     """One shard; several for a long file whose documents are not listed, so that none needs a long search for them."""
     folder, name, index = file.folder, file.name, f"{file.name}.index"
     if file.n_documents is not None:
@@ -300,8 +337,8 @@ def _open_file(file: TokenFile, eot_first: bool) -> list[Shard]:
             return file.tokens()[start:stop]
 
         def document_ends() -> np.ndarray:
-            return find_document_ends(tokens(), eot_first)
+            return find_document_ends(tokens(), eot, eot_first)
 
         return Shard(folder, name, stop - start, None, file.digest, {name: None}, tokens, document_ends)
 
-    return [part(start, stop) for start, stop in pairwise(cut_points(file, eot_first))]
+    return [part(start, stop) for start, stop in pairwise(cut_points(file, eot, eot_first))]

@@ -108,10 +108,11 @@ class _Documents:
         while filled < len(out) and document < len(self.ends):
             n = min(len(out) - filled, int(self.ends[document]) - position)
             source = position + int(self.shifts[document])
-            if self.tokens.itemsize == out.itemsize:
+            if self.tokens.itemsize <= out.itemsize:
                 out[filled : filled + n] = self.tokens[source : source + n]
-            else:  # what is too large for uint16 must stay too large for the vocabulary
-                np.minimum(self.tokens[source : source + n], 65535, out=out[filled : filled + n], casting="unsafe")
+            else:  # what is too large for the type must stay too large for the vocabulary
+                most = np.iinfo(out.dtype).max
+                np.minimum(self.tokens[source : source + n], most, out=out[filled : filled + n], casting="unsafe")
             filled, position, document = filled + n, position + n, document + 1
         return filled
 
@@ -141,6 +142,8 @@ class TokenStream:
     Raises ShardError when the split is too short for one window.
 
     Attributes:
+        tokenizer: that the tokens are of.
+        dtype: of the windows, uint16 or uint32.
         n_windows: of an epoch.
         tokens_an_epoch: as many as are read in one.
     """
@@ -154,6 +157,9 @@ class TokenStream:
         if seq_len < 1:
             raise ValueError(f"seq_len is {seq_len}: choose at least 1")
         self.seq_len, self.seed, self.shuffle, self.vocab_size = seq_len, seed, shuffle, shards.vocab_size
+        self.tokenizer = shards.tokenizer
+        # Of all numbers of this type the largest is no token.
+        self.dtype = np.dtype(np.uint16 if shards.vocab_size < 2**16 else np.uint32)
         self.n_windows = (shards.n_tokens - 1) // seq_len
         if self.n_windows < 1:
             raise ShardError(
@@ -182,16 +188,16 @@ class TokenStream:
         self._fetch_ahead = lru_cache(maxsize=3)(self._announce)
 
     def window(self, epoch: int, index: int) -> np.ndarray:
-        """Window `index` of an epoch, both from 0; (T + 1,) uint16. Raises ShardError for a token that is none."""
+        """Window `index` of an epoch, both from 0; (T + 1,) of `dtype`. Raises ShardError for a token that is none."""
         if epoch < 0 or not 0 <= index < self.n_windows:
             raise IndexError(f"no window {index} in epoch {epoch}: an epoch has windows 0 to {self.n_windows - 1}")
         return self.batch(epoch * self.n_windows + index, 1)[0]
 
     def batch(self, start_sample: int, n: int) -> np.ndarray:
-        """Samples start_sample ... start_sample + n - 1 of the run; (n, T + 1) uint16. Errors as for `window`."""
+        """Samples start_sample ... start_sample + n - 1 of the run; (n, T + 1) of `dtype`. Errors as for `window`."""
         if start_sample < 0:
             raise IndexError(f"no sample {start_sample}: samples are counted from 0")
-        out = np.empty((n, self.seq_len + 1), dtype=np.uint16)
+        out = np.empty((n, self.seq_len + 1), self.dtype)
         for shard, mapped in self._mapped:
             if (memory := mapped()) is not None and memory.size() < len(memory):
                 raise ShardError(f"{shard.path} was cut short while it was read: copy it again, then start again")

@@ -27,7 +27,7 @@ from ..data.documents import DocumentMask
 from ..data.remote import open_folder
 from ..data.shards import ShardError, ShardSet, open_split
 from ..data.stream import TokenStream
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import load_tokenizer, open_tokenizer
 from ..knobs import PathName, Range, checked
 from ..model import GPTForCausalLM
 from ..runs import find_model, run_of
@@ -170,7 +170,8 @@ def choose_text(
     if path is None:
         return None
     try:
-        shards = open_split(open_folder(path), "val")
+        of_run = open_tokenizer(name) if (name := own.get("tokenizer")) else None
+        shards = open_split(open_folder(path), "val", of_run if str(path) == str(own.get("path")) else None)
     except ShardError as error:
         if data is not None:
             raise
@@ -243,6 +244,12 @@ def evaluate(
                 f"{text.path} has a vocabulary of {text.shards.vocab_size}, the model one of {config.vocab_size}: "
                 "evaluate on data made with the model's tokenizer"
             )
+        of_text = text.shards.tokenizer
+        if not of_text.knows(tokenizer.get_vocab()):
+            raise ValueError(
+                f"{text.path} was made with the tokenizer {of_text.name}, the model has another: evaluate on data made "
+                "with the model's tokenizer"
+            )
         documents = None
         if text.document_mask:
             backend, shards = config._attn_implementation, text.shards
@@ -259,8 +266,12 @@ def evaluate(
         )
         figures |= {"val_loss_stderr": standard_error(losses), "val_ppl": math.exp(min(figures["val_loss"], 700))}
         outcomes["val_loss"] = losses
+    task = None
     if hellaswag_items != 0:
         task = HellaSwag(load_hellaswag(hellaswag_items), tokenizer, n_positions=config.n_positions)
+        if task.obstacle and ranks.rank == 0:
+            print(task.obstacle)
+    if task is not None and not task.obstacle:
         scores = task.score(model, tokens_per_batch=tokens_per_batch, show_progress=ranks.rank == 0, **shared)
         right = {f"hellaswag_{name}": picks == task.labels for name, picks in scores.picks.items()}
         figures |= {name: float(values.mean()) for name, values in right.items()}

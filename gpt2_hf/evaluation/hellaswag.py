@@ -41,11 +41,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.tokenizer import gpt2_tokenizer
 from .validation import IGNORE, Autocast, Reduce, evaluating, sum_over_ranks, token_losses
 
 HELLASWAG_ITEMS = 10_042
 ENDINGS = 4
 WAYS = ("lm_eval", "lecture")
+JOIN_TRIALS = 64  # texts
+MOST_CUT = 0.1  # of the items, in the tokens of another tokenizer than GPT-2's; beyond, scores say little
 LENGTH_MULTIPLE = 8  # of HellaSwag's rows: attention kernels of GPUs want masks aligned so
 
 
@@ -118,6 +121,14 @@ def _row(prefix: list[int], texts: Sequence[list[int]]) -> np.ndarray:
     return np.concatenate([np.array(f, dtype=np.int32) for f in fields], axis=1)
 
 
+def _obstacle(joins: bool, cut: float, n_positions: int) -> str | None:
+    if joins:
+        return "HellaSwag is off: the tokenizer joins an ending to its context, so that neither can be scored alone"
+    if cut > MOST_CUT:
+        return f"HellaSwag is off: of {cut:.0%} of its items the context does not fit into {n_positions} positions"
+    return None
+
+
 class HellaSwag:
     """HellaSwag items tokenised once, to be scored as often as wanted.
 
@@ -126,6 +137,10 @@ class HellaSwag:
         tokenizer: a byte-level BPE, as every GPT-2 has.
         n_positions: longest input of the model; longer ones lose tokens on the left, as in lm-evaluation-harness.
         ways: which of "lm_eval" and "lecture" to score; each costs a row an item, or four if those lose tokens.
+
+    Attributes:
+        obstacle: why the scores would say little with this tokenizer, in a line; None where they don't. GPT-2's has
+            none.
     """
 
     def __init__(
@@ -144,11 +159,17 @@ class HellaSwag:
         self._shape = (len(ways), len(items), ENDINGS)
         self._n_chars = np.array([[len(ending) for ending in endings] for _, endings in texts]).reshape(self._shape)
 
-        # A byte-level BPE always cuts before the space, so the two parts give the tokens of the whole.
+        # Nearly any byte-level BPE cuts before the space, and then the two parts give the tokens of the whole.
         call: Any = tokenizer  # the base class does not declare that it can be called
         encode = partial(call, add_special_tokens=False, return_attention_mask=False, verbose=False)
         contexts = encode([context for context, _ in texts])["input_ids"]
         endings = encode([f" {ending}" for _, endings in texts for ending in endings])["input_ids"]
+
+        whole = encode([f"{context} {endings_of[0]}" for context, endings_of in texts[:JOIN_TRIALS]])["input_ids"]
+        joins = any(contexts[i] + endings[ENDINGS * i] != both for i, both in enumerate(whole))
+        lengths = [len(contexts[e // ENDINGS]) + len(ending) for e, ending in enumerate(endings)]
+        cut = (np.array(lengths) > n_positions + 1).reshape(self._shape).any(-1).mean()
+        self.obstacle = None if gpt2_tokenizer().knows(tokenizer.get_vocab()) else _obstacle(joins, cut, n_positions)
 
         # Ending number e belongs to text e // 4.
         tokens = [(contexts[e // ENDINGS] + ending)[-n_positions - 1 :] for e, ending in enumerate(endings)]

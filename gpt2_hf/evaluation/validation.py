@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..data.documents import DocumentMask
 from ..data.stream import TokenStream
-from ..data.tokenizer import token_byte_lengths
 
 Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all ranks
 Autocast = Callable[[], AbstractContextManager]
@@ -79,7 +78,7 @@ def validation_loss(
             f"n_windows is {n_windows}, the validation split has {stream.n_windows}: choose from 1 to that"
         )
     device = torch.device(device)
-    byte_lengths = token_byte_lengths()
+    byte_lengths = stream.tokenizer.token_byte_lengths
     losses, scored, totals = [], [], np.zeros(3)  # nats, tokens, bytes
     with evaluating(model):
         for first in range(0, n_windows, batch_size * world_size):

@@ -16,13 +16,16 @@ from .. import hardware
 from ..config import RunConfig
 from ..data.folder import ShardError
 from ..data.remote import open_folder
-from ..data.shards import open_split
+from ..data.shards import ShardSet, open_split
 from ..data.stream import training_stream
+from ..data.tokenizer import open_tokenizer
 from ..knobs import ConfigError, Range
+from ..program import UserError
 from ..training import preflight
 from ..training.memory import WIDTH, Memory, Parameters, Way, largest_that_fits, memory_on, n_averages
 from ..training.metrics import flops_per_token
 from ..training.micro_batch import first_size
+from ..training.start import fitted
 from .cards import Card, card_here, parse_gpus
 from .speed import BEGIN, cpu_step_seconds, gpu_step_seconds, measure_rates, measuring_tokens, slower_kernels
 
@@ -122,6 +125,9 @@ def make_plan(config: RunConfig, gpus: str | None = None, price: float | None = 
         n_devices = max(1, torch.cuda.device_count())
         card = card_here(device) if device.type == "cuda" else None
         way, machine = way_here(config, device), hardware.describe(device)
+    shards = _open(config)
+    if shards:
+        config = fitted(config, shards)
     n = Parameters.of(config)
     if any(batch % (config.data.seq_len * n_devices) for batch in config.train.batches):
         config.grad_accum_steps(n_devices)  # raises, naming the batches that divide
@@ -163,7 +169,7 @@ def make_plan(config: RunConfig, gpus: str | None = None, price: float | None = 
     measuring = measuring_tokens(config, way.device) / speed
     hours = (training + measuring + BEGIN[way.device]) / 3600
     size, kept = checkpoints(config, way, n)
-    data_tokens, data_bytes, epochs = _data(config)
+    data_tokens, data_bytes, epochs = _data(config, shards)
     return Plan(
         machine=machine,
         n_devices=n_devices,
@@ -278,13 +284,23 @@ def checkpoints(config: RunConfig, way: Way, n: Parameters) -> tuple[float, int]
     return size, min(n_saved, keep.keep_last + n_for_good + is_measured)
 
 
-def _data(config: RunConfig) -> tuple[int | None, float, float | None]:
+def _open(config: RunConfig) -> ShardSet | None:
+    """The data to train on, if it is here."""
+    if not Path(config.data.path).is_dir():
+        return None
+    try:
+        tokenizer = open_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+        return open_split(open_folder(config.data.path), "train", tokenizer)
+    except (UserError, OSError):
+        return None
+
+
+def _data(config: RunConfig, shards: ShardSet | None) -> tuple[int | None, float, float | None]:
     """Tokens to train on, bytes of the data, and epochs; of data that is not here the bytes one epoch would need."""
     needed = config.train.tokens_before(config.train.steps)
-    if not Path(config.data.path).is_dir():
+    if shards is None:
         return None, 2.0 * needed, None
     try:
-        shards = open_split(open_folder(config.data.path), "train")
         an_epoch = training_stream(config, shards).tokens_an_epoch if config.data.document_starts else shards.n_tokens
     except (ShardError, OSError):
         return None, 2.0 * needed, None

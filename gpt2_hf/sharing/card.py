@@ -242,7 +242,8 @@ def _data(run: dict[str, Any]) -> Iterator[str]:
         for name, counts in data["splits"].items()
     ]
     yield "\n".join(["| split | documents | tokens | fingerprint |", "|---|---|---|---|", *rows])
-    said = [f"Deduplication: {data['dedup'] or 'not known'}."]
+    said = [f"Tokenizer: {data['tokenizer']}, which is in this folder."] if "tokenizer" in data else []
+    said.append(f"Deduplication: {data['dedup'] or 'not known'}.")
     if data["decontaminate"]:
         looked = f"{', '.join(data['decontaminate'])} ({data['decontaminate_ngram']}-grams)"
         kept = "dropped" if data["contaminated"] == "drop" else "counted and kept"

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from ..data.tokenizer import EOT, VOCAB_SIZE, load_tokenizer, save_tokenizer
-from ..knobs import Range, checked
+from ..data.tokenizer import EOT, VOCAB_SIZE, Tokenizer, gpt2_tokenizer, open_tokenizer, save_tokenizer
+from ..knobs import PathName, Range, checked
 from ..model import GPTConfig, GPTForCausalLM
 from ..runs import MANIFEST, find_model, is_stock, write_folder
 from .llmc import HEADER_BYTES, is_llmc, read_llmc, write_llmc
@@ -32,6 +32,7 @@ from .weights import (
     transposed,
 )
 
+PADDED_TO = 128  # a multiple of which other projects train with
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 
 
@@ -45,6 +46,7 @@ def convert(
     activation: Literal["gelu", "gelu_new"] | None = None,
     n_head: Annotated[int, Range(1)] | None = None,
     vocab_size: Annotated[int, Range(1)] | None = None,
+    tokenizer: Annotated[str, PathName()] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Read a checkpoint, whatever its format, write it in another, and print what was read, changed and written.
@@ -58,6 +60,8 @@ def convert(
         activation: the GELU to take the weights with, if not the one assumed; gelu is exact, gelu_new the tanh form.
         n_head: number of heads, where the file does not say.
         vocab_size: rows of tokens to keep; by default 50304 in a file are cut to 50257, and others kept.
+        tokenizer: for a gpt2 folder whose tokenizer is not GPT-2's: a folder with its tokenizer.json, such as the
+            data's, or a model of the Hub.
         overwrite: replace an output of the same kind.
 
     Raises:
@@ -75,15 +79,20 @@ def convert(
         raise ConversionError(
             f"{source} has {settings['n_head']} heads by its own account: leave out --n_head {n_head}"
         )
+    own = _tokenizer(source, to, tokenizer, weights)
+    if own is not None and vocab_size is None and len(weights[TOKENS]) - own.vocab_size in range(PADDED_TO):
+        settings |= {"vocab_size": own.vocab_size}
     given = {"activation_function": activation, "n_head": n_head, "vocab_size": vocab_size}
     settings |= {name: value for name, value in given.items() if value is not None}
     config = _settle(source, weights, settings)
+    if own is not None:
+        config.bos_token_id = config.eos_token_id = own.eot
     if why := why_not(config, to):
         raise ConversionError(f"{source} cannot be written as {to}: {why}")
     _describe(weights, config)
     weights = _as_dtype(source, weights, getattr(torch, dtype))
     try:
-        usage = _write(weights, config, output, to)
+        usage = _write(weights, config, output, to, own)
     except (OSError, RuntimeError, SafetensorError) as error:  # safetensors and torch.save have their own
         raise ConversionError(
             f"{output} cannot be written, is there room on the disk? ({first_line(error)})"
@@ -136,6 +145,21 @@ def _model_in(source: str) -> str:
         return str(find_model(Path(source)))
     except FileNotFoundError as error:
         raise ConversionError(f"{source} is no file, no run and no gpt2 folder: {error}") from None
+
+
+def _tokenizer(source: str, to: Target, name: str | None, weights: Weights) -> Tokenizer | None:
+    """What is to lie beside the weights, of the name that was given."""
+    if name is None:
+        return None
+    if to != "gpt2":
+        raise ConversionError(f"{to} holds no tokenizer: leave out --tokenizer {name}")
+    tokenizer, rows = open_tokenizer(name), len(weights[TOKENS])
+    if tokenizer.vocab_size > rows:
+        raise ConversionError(
+            f"{source} has {rows:,} rows of tokens, too few for the {tokenizer.vocab_size:,} of --tokenizer {name}: "
+            "name the model's own"
+        )
+    return tokenizer
 
 
 # Reading
@@ -286,28 +310,29 @@ def _is_gpt2(config: Path) -> bool:
         return False
 
 
-def _write(weights: Weights, config: GPTConfig, output: Path, to: Target) -> str:
+def _write(weights: Weights, config: GPTConfig, output: Path, to: Target, tokenizer: Tokenizer | None) -> str:
     """Write the output, and return the line that loads it."""
     if to == "gpt2":
-        return _write_gpt2(weights, config, output)
+        return _write_gpt2(weights, config, output, tokenizer)
     if to == "llmc":
         return write_llmc(weights, config, output)
     return write_pt(weights, config, output, to)
 
 
-def _write_gpt2(weights: Weights, config: GPTConfig, output: Path) -> str:
+def _write_gpt2(weights: Weights, config: GPTConfig, output: Path, tokenizer: Tokenizer | None) -> str:
     with torch.device("meta"):
         model: Any = GPTForCausalLM(config)
     model.load_state_dict({HEAD: weights[TOKENS]} | transposed(weights), assign=True)
     model.tie_weights()
-    has_tokenizer = config.vocab_size == VOCAB_SIZE
+    if tokenizer is None and config.vocab_size == VOCAB_SIZE:
+        tokenizer = gpt2_tokenizer()
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
-        if has_tokenizer:
-            save_tokenizer(load_tokenizer(), folder, config.n_positions)
+        if tokenizer:
+            save_tokenizer(tokenizer.hugging_face(), folder, config.n_positions)
 
     write_folder(output, write)
-    if not has_tokenizer:
-        print(f"  tokenizer: none, as the vocabulary is not GPT-2's of {VOCAB_SIZE:,}: add its own before publishing")
+    if not tokenizer:
+        print(f"  tokenizer: none, as the vocabulary is not GPT-2's of {VOCAB_SIZE:,}: --tokenizer names its own")
     return f'transformers.AutoModelForCausalLM.from_pretrained("{output}")'

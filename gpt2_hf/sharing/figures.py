@@ -209,8 +209,9 @@ def _recipe(config: dict[str, Any]) -> str | None:
             continue
         left_out = _NOT_OF_THE_RECIPE.get(section, ())
         kept[section] = {key: value for key, value in settings.items() if key not in left_out and value is not None}
-    if "path" in kept.get("data", {}):
-        kept["data"]["path"] = public_path(str(kept["data"]["path"]))
+    for name in ("path", "tokenizer"):
+        if name in kept.get("data", {}):
+            kept["data"][name] = public_path(str(kept["data"][name]))
     return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True) if kept else None
 
 
@@ -259,6 +260,7 @@ def _data(config: dict[str, Any], starts: Iterable[dict[str, Any]], data: Path |
     return {
         "name": folder.resolve().name,
         "fingerprints": fingerprints,
+        **({"tokenizer": public_path(str(own["name"]))} if isinstance(own := manifest["tokenizer"], dict) else {}),
         "splits": {name: {key: entry.get(key) for key in counts} for name, entry in manifest["splits"].items()},
         "source": {key: settings[key] for key in ("dataset", "name", "revision") if settings.get(key)},
         "dedup": settings.get("dedup"),

@@ -324,9 +324,14 @@ def check_tokenizer(f: Folder) -> str:
     return f"{len(tokenizer)} tokens, texts come back unchanged, end of text {tokenizer.eos_token_id}"
 
 
+def _size(tokenizer: Any) -> int:
+    """Rows that a model needs for it: there may be numbers without a token."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def tokenizer_problems(tokenizer: Any, config: Any) -> Iterator[str]:
     """Why the tokenizer cannot be this model's."""
-    size, rows = len(tokenizer), config.vocab_size
+    size, rows = _size(tokenizer), config.vocab_size
     if size > rows:
         yield f"the tokenizer has {size} tokens, the model {rows} rows for them"
     for owner, token in (("tokenizer", tokenizer.eos_token_id), ("config.json", config.eos_token_id)):
@@ -345,7 +350,7 @@ def tokenizer_problems(tokenizer: Any, config: Any) -> Iterator[str]:
 
 def tokenizer_doubts(tokenizer: Any, config: Any) -> Iterator[str]:
     """What is unusual in a tokenizer that fits."""
-    size, rows, eos, n_positions = len(tokenizer), config.vocab_size, tokenizer.eos_token_id, config.n_positions
+    size, rows, eos, n_positions = _size(tokenizer), config.vocab_size, tokenizer.eos_token_id, config.n_positions
     if size < rows:
         yield f"{size} tokens for {rows} rows: the rest is padding"
     if eos is None or eos != config.eos_token_id:

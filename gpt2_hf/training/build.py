@@ -26,7 +26,6 @@ from ..config import RunConfig, flat
 from ..data.documents import DocumentMask
 from ..data.shards import ShardSet
 from ..data.stream import training_stream
-from ..data.tokenizer import load_tokenizer
 from ..files import mask
 from ..knobs import ConfigError
 from ..model import GPTForCausalLM
@@ -98,11 +97,12 @@ def build(
     if mesh is not None and precision == "fp16":
         raise ConfigError("train.precision fp16 needs the whole model on each GPU: leave FSDP out, or use bf16 or fp32")
     accelerator = build_accelerator(config, precision)
-    initial = None if start.checkpoint else host.first(lambda: find_initial_weights(config))
+    initial = None if start.checkpoint else host.first(lambda: find_initial_weights(config, data.train.tokenizer))
     bare_model = build_model(config, start.checkpoint, accelerator, precision, initial)
+    end_documents_with(bare_model, data.train.eot)
     is_random = start.checkpoint is None and initial is None
     init = odd_weights(bare_model) if curve and is_random else ""
-    tokenizer = load_tokenizer()
+    tokenizer = data.train.tokenizer.hugging_face()
     model = distribute(bare_model, accelerator, mesh, DTYPES[precision])
     optimizers = build_optimizers(bare_model, config.optim, state.device)
     accelerator.prepare(*optimizers)
@@ -161,6 +161,12 @@ def build(
         stop=stop,
         identity=identity(config, data.train) | found,
     )
+
+
+def end_documents_with(model: GPTForCausalLM, eot: int) -> None:
+    """Say in what is saved which token ends a document, after which the next one begins."""
+    for settings in (model.config, model.generation_config):
+        settings.bos_token_id = settings.eos_token_id = eot
 
 
 @torch.no_grad()

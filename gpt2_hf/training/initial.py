@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from .. import runs
 from ..config import RunConfig
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import Tokenizer
 from ..evaluation.evaluate import load_folder
 from ..knobs import ConfigError
 from ..model import GPTConfig, GPTForCausalLM
@@ -31,7 +31,7 @@ class InitialWeights:
     version: str | None
 
 
-def find_initial_weights(config: RunConfig) -> InitialWeights | None:
+def find_initial_weights(config: RunConfig, of_data: Tokenizer) -> InitialWeights | None:
     """What ``model.init_from`` names, looked at but for its weights; None where a run begins with random ones.
 
     Raises:
@@ -51,8 +51,9 @@ def find_initial_weights(config: RunConfig) -> InitialWeights | None:
         raise ConfigError(f"model.init_from {named}{where}: {str(error).strip().splitlines()[0]}") from None
     _refuse_another_shape(config, found)
     # A folder without tokenizer files has an empty vocabulary.
-    if len(tokenizer) > 1 and tokenizer.get_vocab() != load_tokenizer().get_vocab():
-        raise ConfigError(f"model.init_from {named} has another tokenizer than GPT-2's, of which the data is made")
+    if len(tokenizer) > 1 and tokenizer.get_vocab() != of_data.hugging_face().get_vocab():
+        whose = "GPT-2's" if of_data.is_gpt2 else of_data.name
+        raise ConfigError(f"model.init_from {named} has another tokenizer than {whose}, of which the data is made")
     return InitialWeights(source, version)
 
 

@@ -30,10 +30,10 @@ from .heart import advice_on_strangers, collective_timeout, meet
 from .metrics import is_due, peak_memory_gb
 from .mirror import mirroring
 from .optim import averaged, lr_at, set_lr, step_optimizers
-from .preflight import check_devices, check_environment, check_launcher, check_run
+from .preflight import check_devices, check_environment, check_launcher, check_prompt, check_run
 from .rewind import rewind
 from .run_folder import RunFolder
-from .start import find_start, is_finished, load_steps, open_data
+from .start import find_start, fitted, is_finished, load_steps, open_data
 from .stop import GONE, Stop, Stopping
 from .watch import Diverged, advice_on_disk, advice_on_memory
 
@@ -62,6 +62,8 @@ def train(config: RunConfig) -> Path:
         stop.heart.advice_on_peers(),
     ):
         data = open_data(config)
+        config = fitted(config, data.train)
+        check_prompt(config, data.train.tokenizer)
         start = find_start(config, data.train, host)
         if is_finished(config, start):
             folder.is_finished = True

@@ -64,8 +64,8 @@ class Measures:
         if val_data is not None:
             self._kinds.append((config.eval.val_every, self._validation(val_data, dtype)))
         self._n_before_training = len(self._kinds)
-        if config.eval.hellaswag_every:
-            self._kinds.append((config.eval.hellaswag_every, self._hellaswag()))
+        if config.eval.hellaswag_every and (score := self._hellaswag()):
+            self._kinds.append((config.eval.hellaswag_every, score))
         if config.eval.sample_every:
             self._kinds.append((config.eval.sample_every, self._samples))
 
@@ -109,9 +109,12 @@ class Measures:
 
         return validate
 
-    def _hellaswag(self) -> Callable[[], dict[str, Any]]:
+    def _hellaswag(self) -> Callable[[], dict[str, Any]] | None:
         items = load_hellaswag(self._config.eval.hellaswag_items)
         task = HellaSwag(items, self._tokenizer, n_positions=self._model.config.n_positions)
+        if task.obstacle:
+            self._accelerator.print(task.obstacle)
+            return None
         tokens_per_batch = self._config.train.micro_batch_size * self._config.data.seq_len
 
         def score() -> dict[str, Any]:

@@ -16,7 +16,7 @@ from accelerate.utils import DynamoBackend, PrecisionType
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..config import RunConfig
-from ..data.tokenizer import load_tokenizer
+from ..data.tokenizer import Tokenizer
 from ..knobs import ConfigError, shown
 from .distributed import group_sizes, wants_shards
 
@@ -106,7 +106,6 @@ def check_run(config: RunConfig, state: PartialState) -> None:
     check_attention(config.model.attn_implementation)
     n_shards = group_sizes(state.num_processes)[1] if wants_shards() else 1
     check_memory(config, memory_of(state.device), state.num_processes, n_shards)
-    check_prompt(config)
     for line in config.remarks():
         state.print(line)
 
@@ -143,13 +142,11 @@ def check_memory(config: RunConfig, available: int, n_processes: int, n_shards: 
         )
 
 
-def check_prompt(config: RunConfig) -> None:
+def check_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Refuse a prompt that leaves the model no position for a sample."""
     if config.eval.sample_every:
-        n_tokens, n_positions = (
-            len(load_tokenizer().encode(config.eval.sample_prompt)),
-            config.model.gpt_config().n_positions,
-        )
+        n_tokens = len(tokenizer.hugging_face().encode(config.eval.sample_prompt))
+        n_positions = config.model.gpt_config().n_positions
         if n_tokens >= n_positions:
             raise ConfigError(
                 f"eval.sample_prompt has {n_tokens} tokens, and the model {n_positions} positions: shorten the prompt, "

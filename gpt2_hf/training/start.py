@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ..data.remote import open_folder
 from ..data.shards import ShardSet, open_split
 from ..data.storage import Storage
 from ..data.stream import StepLoader, training_stream
+from ..data.tokenizer import open_tokenizer
 from ..files import whole_file
 from ..knobs import ConfigError
 from . import checkpoint, stored_run
@@ -122,9 +123,10 @@ class Rewind:
 def open_data(config: RunConfig) -> Data:
     """The training and validation splits, checked against the model. Raises ConfigError or ShardError."""
     folder = open_folder(config.data.path, config.data.cache_dir, config.data.cache_gb)
-    train_data = open_split(folder, "train")
-    val_data = open_split(folder, "val") if config.eval.val_every else None
-    vocab_size = config.model.gpt_config().vocab_size
+    tokenizer = None if config.data.tokenizer is None else open_tokenizer(config.data.tokenizer)
+    train_data = open_split(folder, "train", tokenizer)
+    val_data = open_split(folder, "val", tokenizer) if config.eval.val_every else None
+    vocab_size = fitted(config, train_data).model.gpt_config().vocab_size
     if train_data.vocab_size > vocab_size:
         raise ConfigError(
             f"{config.data.path} has a vocabulary of {train_data.vocab_size}, the model has {vocab_size} rows for it; "
@@ -142,11 +144,19 @@ def open_data(config: RunConfig) -> Data:
     return Data(train_data, val_data)
 
 
+def fitted(config: RunConfig, data: ShardSet) -> RunConfig:
+    """The run with a model that has a row for each token of its data, if it doesn't say how many it has."""
+    if config.model.vocab_size is not None or data.tokenizer.is_gpt2:
+        return config
+    return replace(config, model=replace(config.model, vocab_size=data.vocab_size))
+
+
 def identity(config: RunConfig, data: ShardSet) -> dict[str, Any]:
     """What must not change in the middle of a run, because its curve would then mean nothing."""
     return {
         **{f"model.{name}": getattr(config.model.gpt_config(), name) for name in SHAPE},
         "data": data.fingerprint,
+        "data.tokenizer": data.tokenizer.fingerprint[:16],
         "data.seq_len": config.data.seq_len,
         "data.seq_len_ramp": config.data.seq_len_ramp,
         "data.seq_len_ramp_steps": config.data.seq_len_ramp_steps,

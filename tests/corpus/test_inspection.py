@@ -18,7 +18,7 @@ from gpt2_hf.corpus import inspection, sample
 from gpt2_hf.corpus.inspection import first_batch, inspect_data
 from gpt2_hf.corpus.inspection_text import draw_lengths, render
 from gpt2_hf.data.shards import ShardError, open_split
-from gpt2_hf.data.tokenizer import EOT, load_tokenizer
+from gpt2_hf.data.tokenizer import EOT, gpt2_tokenizer, load_tokenizer
 from gpt2_hf.knobs import ConfigError
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "inspect_data.py"
@@ -278,6 +278,7 @@ def test_a_format_without_an_index_or_a_manifest(monkeypatch, tmp_path):
             n_tokens=sum(shard.n_tokens for shard in shards),
             n_documents=None,
             n_bytes=None,
+            tokenizer=gpt2_tokenizer(),
             vocab_size=50257,
             eot=EOT,
             eot_first=True,

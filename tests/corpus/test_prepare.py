@@ -25,7 +25,7 @@ from gpt2_hf.corpus import read as reading
 from gpt2_hf.corpus import write as writing
 from gpt2_hf.corpus.prepare import PrepareConfig, prepare
 from gpt2_hf.data.shards import open_split
-from gpt2_hf.data.tokenizer import EOT, load_tokenizer
+from gpt2_hf.data.tokenizer import EOT, Tokenizer, load_tokenizer
 
 for needed in ("datatrove", "tiktoken", "zstandard", "pyarrow", "datasets"):
     pytest.importorskip(needed)
@@ -567,16 +567,16 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch, capsys):
     source = write_jsonl(tmp_path / "docs.jsonl", TEXTS)
     prepare(PrepareConfig((str(source),), out=str(tmp_path / "whole"), workers=1))
     config = PrepareConfig((str(source),), out=str(tmp_path / "out"), workers=1)
-    encode, calls = writing.encode_document, 0
+    encode, calls = Tokenizer.encode_document, 0
 
-    def die_once(text: str) -> np.ndarray:
+    def die_once(self: Tokenizer, text: str) -> np.ndarray:
         nonlocal calls
         calls += 1
         if calls == 150:
             raise OSError("No space left on device")
-        return encode(text)
+        return encode(self, text)
 
-    monkeypatch.setattr(writing, "encode_document", die_once)
+    monkeypatch.setattr(Tokenizer, "encode_document", die_once)
     with pytest.raises(OSError, match="No space"):
         prepare(config)
     with pytest.raises(ValueError, match="unfinished preparation of something else"):
@@ -625,7 +625,7 @@ def test_inputs_that_changed_meanwhile_are_not_mixed(tmp_path: Path, interrupted
 
 
 def test_another_split_keeps_the_finished_tasks(tmp_path: Path, monkeypatch, interrupted: PrepareConfig):
-    monkeypatch.setattr(writing, "encode_document", lambda text: 1 / 0)
+    monkeypatch.setattr(Tokenizer, "encode_document", lambda self, text: 1 / 0)
     prepare(PrepareConfig(**{**vars(interrupted), "val_documents": 3, "tokens_per_shard": 2000}))
     assert len(documents(tmp_path / "out", "val")) == 3
     assert len(list((tmp_path / "out" / "train").glob("*.ds"))) > 1

@@ -12,6 +12,7 @@ from gpt2_hf.data import formats
 from gpt2_hf.data.formats import begins_with_eot, cut_points, examine, find_token_files, split_of
 from gpt2_hf.data.shards import LocalFolder, ShardError, SplitMissing, open_split
 from gpt2_hf.data.stream import DOCUMENTS, SHARDS, WINDOWS, TokenStream
+from gpt2_hf.data.tokenizer import gpt2_tokenizer
 
 EOT = 50256
 T = 8
@@ -317,10 +318,10 @@ def test_a_long_search_for_a_cut_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "LOOK_BYTES", 16)
     row = [1] * 220 + [EOT] + [2] * 79
     write_raw(tmp_path / "train.bin", row)
-    file = examine(LocalFolder(tmp_path), {"train.bin": 600}, "train.bin")
-    assert cut_points(file, eot_first=False) == [0, 100, 200, 300]
+    file = examine(LocalFolder(tmp_path), {"train.bin": 600}, gpt2_tokenizer(), "train.bin")
+    assert cut_points(file, EOT, eot_first=False) == [0, 100, 200, 300]
     monkeypatch.setattr(formats, "SEARCH_TOKENS", 32)
-    assert cut_points(file, eot_first=False) == [0, 100, 221, 300]
+    assert cut_points(file, EOT, eot_first=False) == [0, 100, 221, 300]
 
 
 class CountingFolder(LocalFolder):
@@ -444,9 +445,9 @@ def test_hidden_and_other_files_are_passed_over(tmp_path):
     (tmp_path / ".cache/x.bin").write_bytes(b"x")
     for name in ("README.md", "LICENSE", "dataset_infos.json", "tokens.txt"):
         (tmp_path / name).write_text("All the world's a stage")
-    assert [file.name for file in find_token_files(LocalFolder(tmp_path), LocalFolder(tmp_path).sizes())] == [
-        "good.bin"
-    ]
+    assert [
+        file.name for file in find_token_files(LocalFolder(tmp_path), LocalFolder(tmp_path).sizes(), gpt2_tokenizer())
+    ] == ["good.bin"]
 
 
 def test_a_document_end_damaged_in_a_foreign_index_is_found(tmp_path):
@@ -459,5 +460,5 @@ def test_a_document_end_damaged_in_a_foreign_index_is_found(tmp_path):
 
 def test_files_number_do_not_slow_the_search_for_marks_down(tmp_path):
     write_raw(tmp_path / "x.bin", TOKENS)
-    file = examine(LocalFolder(tmp_path), {"x.bin": 2 * len(TOKENS)}, "x.bin")
-    assert not begins_with_eot([file] * 20_000)  # took minutes when it was quadratic
+    file = examine(LocalFolder(tmp_path), {"x.bin": 2 * len(TOKENS)}, gpt2_tokenizer(), "x.bin")
+    assert not begins_with_eot([file] * 20_000, EOT)  # took minutes when it was quadratic

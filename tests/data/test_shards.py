@@ -72,7 +72,7 @@ def test_no_such_split(root, make_shards):
 
 GARBLED = {
     "version": ({"version": 1}, "1"),
-    "dtype": ({"dtype": "uint32"}, "uint32"),
+    "dtype": ({"dtype": "uint64"}, "uint64"),
     "format": ({"format": "llmc"}, "llmc"),
     "tokenizer": ({"tokenizer": "llama"}, "'llama'"),
     "no splits": ({"splits": []}, "no split"),

@@ -13,19 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2_hf.data import tokenizer
-from gpt2_hf.data.tokenizer import (
-    ASSETS,
-    EOT,
-    VOCAB_SIZE,
-    bulk_encoder,
-    encode_document,
-    load_tokenizer,
-    save_tokenizer,
-)
-from gpt2_hf.data.tokenizer import token_byte_lengths as byte_lengths
+from gpt2_hf.data import encoding
+from gpt2_hf.data.tokenizer import ASSETS, EOT, VOCAB_SIZE, gpt2_tokenizer, load_tokenizer, save_tokenizer
 
 tiktoken = pytest.importorskip("tiktoken")
+
+GPT2 = gpt2_tokenizer()
+encode_document, decode, byte_lengths = GPT2.encode_document, GPT2.decode, GPT2.token_byte_lengths
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ASSETS / "tokenizer"
@@ -109,7 +103,7 @@ def test_files_are_the_published_ones_and_the_ids_agree(published, hugging_face)
         expected = published.encode_ordinary(text)
         assert encode_document(text).tolist() == [*expected, EOT], repr(text)
         assert hugging_face.encode(text) == expected, repr(text)
-        assert bulk_encoder().decode(expected) == text
+        assert decode(expected) == text
         assert hugging_face.decode(expected) == text
 
 
@@ -167,7 +161,7 @@ def test_long_whitespace_keeps_the_ids(hugging_face, space: str, length: int):
 
 def test_whitespace_that_overflows_the_regex_is_encoded():
     text = "a" + "\n" * 2_000_000 + "b"
-    assert bulk_encoder().decode(encode_document(text)[:-1].tolist()) == text
+    assert decode(encode_document(text)[:-1].tolist()) == text
 
 
 def test_whitespace_just_below_the_limit_does_not_take_quadratic_time():
@@ -307,16 +301,16 @@ def test_a_long_text_encoded_in_parts_has_the_same_ids(monkeypatch, part: int):
     texts = ["".join(draw.choices(alphabet, k=300)) for _ in range(50)]
     texts += [" " * 50, "a" * 500, " a" * 200, "a \n\n b" * 50, ""]
     whole = [encode_document(text).tolist() for text in texts]
-    monkeypatch.setattr(tokenizer, "_PART", part)
-    assert sum(len(list(tokenizer._parts(text))) for text in texts) > 2 * len(texts)
+    monkeypatch.setattr(encoding, "_PART", part)
+    assert sum(len(list(encoding._parts(text, encoding._SPACE_AFTER))) for text in texts) > 2 * len(texts)
     assert [encode_document(text).tolist() for text in texts] == whole
 
 
 def test_byte_lengths_sum_to_the_length_of_the_text(published):
-    assert byte_lengths().shape == (VOCAB_SIZE,) and byte_lengths()[EOT] == 0
-    assert byte_lengths()[:EOT].tolist() == [len(published.decode_single_token_bytes(i)) for i in range(EOT)]
+    assert byte_lengths.shape == (VOCAB_SIZE,) and byte_lengths[EOT] == 0
+    assert byte_lengths[:EOT].tolist() == [len(published.decode_single_token_bytes(i)) for i in range(EOT)]
     for text in TEXTS:
-        assert byte_lengths()[encode_document(text)].sum() == len(text.encode())
+        assert byte_lengths[encode_document(text)].sum() == len(text.encode())
 
 
 def test_hellaswag_is_whole():

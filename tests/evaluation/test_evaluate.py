@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 
 from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.stream import TokenStream
-from gpt2_hf.data.tokenizer import load_tokenizer, token_byte_lengths
+from gpt2_hf.data.tokenizer import gpt2_tokenizer, load_tokenizer
 from gpt2_hf.evaluation.evaluate import evaluate_folder, load_folder
 from gpt2_hf.evaluation.hellaswag import HellaSwag, hellaswag_texts, load_hellaswag, parts_mask
 from gpt2_hf.evaluation.validation import validation_loss
@@ -141,7 +141,7 @@ def test_the_library_evaluate_gives_the_same_figures(task, items, stream, tokeni
 
     loss = validation_loss(model, stream, n_windows=3, batch_size=1, device="cpu")
     windows = stream.batch(0, 3).astype(np.int64)
-    n_bytes = [int(token_byte_lengths()[window[1:]].sum()) for window in windows]
+    n_bytes = [int(gpt2_tokenizer().token_byte_lengths[window[1:]].sum()) for window in windows]
     with torch.no_grad():
         nats = [float(model(torch.tensor(w)[None], labels=torch.tensor(w)[None]).loss) * (len(w) - 1) for w in windows]
     found = library.load(folder, "text").compute(predictions=[-x for x in nats], references=n_bytes)
@@ -381,7 +381,7 @@ def test_validation_loss_equals_a_plain_loop(stream, tmp_path):
         with torch.no_grad():
             logprobs = stock(window[None, :-1]).logits[0].log_softmax(-1)
         nats -= logprobs[torch.arange(32), window[1:]].sum().item()
-        n_bytes += sum(token_byte_lengths()[token] for token in window[1:].tolist())
+        n_bytes += sum(gpt2_tokenizer().token_byte_lengths[token] for token in window[1:].tolist())
     result = validation_loss(model.double(), stream, n_windows=7, batch_size=3, device="cpu")
     assert result["val_loss"] == pytest.approx(nats / (7 * 32), rel=1e-12)
     assert result["val_bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-12)

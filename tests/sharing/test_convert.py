@@ -261,7 +261,7 @@ def test_nanogpt(tmp_path, prefix, bias, capsys):
     assert not (tmp_path / "out" / "tokenizer.json").exists()
     output = capsys.readouterr().out
     assert ("biases: the model has none" in output) is not bias
-    assert "tokenizer: none" in output and "add its own before publishing" in output
+    assert "tokenizer: none" in output and "--tokenizer names its own" in output
 
 
 def test_the_two_gelus_are_told_apart(tmp_path):

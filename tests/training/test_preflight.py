@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gpt2_hf.config import EvalSection, ModelSection, OptimSection, RunConfig, TrainSection
+from gpt2_hf.data.tokenizer import gpt2_tokenizer
 from gpt2_hf.knobs import ConfigError
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
 from gpt2_hf.training.preflight import (
@@ -67,10 +68,10 @@ def test_known_attention_passes(name):
 
 def test_a_prompt_longer_than_the_model_is_refused():
     model = ModelSection(n_positions=1024)
-    check_prompt(RunConfig(model=model, eval=EvalSection(sample_prompt="a " * 500)))
-    check_prompt(RunConfig(model=model, eval=EvalSection(sample_prompt="a " * 2000, sample_every=0)))
+    check_prompt(RunConfig(model=model, eval=EvalSection(sample_prompt="a " * 500)), gpt2_tokenizer())
+    check_prompt(RunConfig(model=model, eval=EvalSection(sample_prompt="a " * 2000, sample_every=0)), gpt2_tokenizer())
     with pytest.raises(ConfigError, match=r"eval.sample_prompt has .* tokens"):
-        check_prompt(RunConfig(model=model, eval=EvalSection(sample_prompt="a " * 2000)))
+        check_prompt(RunConfig(model=model, eval=EvalSection(sample_prompt="a " * 2000)), gpt2_tokenizer())
 
 
 @pytest.mark.parametrize(

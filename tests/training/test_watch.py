@@ -212,6 +212,7 @@ SEEN_IN = {
 # trouble (test_rewind.py has resumed runs that take other settings of these).
 OUTSIDE = {
     "data.path",
+    "data.tokenizer",
     "data.verify",
     "data.cache_dir",
     "data.cache_gb",
