@@ -222,7 +222,9 @@ def _line(name: str, rows: list[Row]) -> str:
         sum(getattr(row, key) for row in rows) for key in ("launches", "n_bytes", "flops", "seconds")
     )
     product = f"{flops / 1e12:.2f}" if flops else ""
-    return f"{name[:70]:<70} {launches:>8,} {n_bytes / 1e9:>8.2f} {product:>7} {seconds * 1e3:>8.2f}"
+    if len(name) > 70:
+        name = f"{name[:57]}...{name[-10:]}"  # kernels are told apart by the number at their end
+    return f"{name:<70} {launches:>8,} {n_bytes / 1e9:>8.2f} {product:>7} {seconds * 1e3:>8.2f}"
 
 
 def _count(found: list[str]) -> str:

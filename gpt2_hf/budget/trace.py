@@ -193,6 +193,7 @@ class Recorder(TorchDispatchMode):
             flops //= 2
         given = [value for value in tree_leaves(args) if isinstance(value, Tensor)][:3]
         shapes = " ".join("x".join(map(str, value.shape)) or "1" for value in given)
+        name = name.removeprefix("_scaled_dot_product_")
         self.note(f"{name} {shapes}", kind, operator_bytes(func, args, kwargs, out), flops)
 
 
