@@ -9,16 +9,16 @@ import tempfile
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from ..config import RunConfig
 from ..knobs import ConfigError, OneOf, PathName
 from ..planning.memory import Parameters
 from ..program import UserError
 from ..training.metrics import flops_per_token
+from .launches import REST, UPDATE, Launch, Trace
 from .rates import BUILDS, Rates, card_of, rates_of
 
-REST, UPDATE = "rest", "update"  # as in trace.py, which only the traced process can import
 # Kernels of a part that take less than this share of the micro-step stand in one row together.
 SMALL = 0.001
 
@@ -46,6 +46,11 @@ class BudgetConfig(RunConfig):
         super().__post_init__()
         if self.train.precision not in ("auto", "bf16"):
             raise ConfigError(f"train.precision {self.train.precision}: the cards' rates are those of bf16; use that")
+        if self.model.attn_implementation not in ("auto", "sdpa", "eager"):
+            raise ConfigError(
+                f"model.attn_implementation {self.model.attn_implementation}: what its kernels compute is not in their "
+                f"code; leave it at auto, or use sdpa or eager"
+            )
         if self.data.document_mask:
             raise ConfigError("data.document_mask: where documents end is in the data, and there is none; leave it out")
 
@@ -104,33 +109,34 @@ def make_budget(config: BudgetConfig) -> Budget:
     trace = trace_in_process(run, config.card)
     if config.code is not None:
         Path(config.code).mkdir(parents=True, exist_ok=True)
-        for name, code in trace["code"].items():
+        for name, code in trace.code.items():
             Path(config.code, f"{name}.py").write_text(code)
-    last = max(launch["micro_step"] for launch in trace["launches"])
-    prices = [price(launch, rates) for launch in trace["launches"]]
-    # All but the first micro-step add to gradients that are there already; the update comes once.
-    times = [
-        micro_steps - last if launch["micro_step"] == last and launch["part"] != UPDATE else 1
-        for launch in trace["launches"]
-    ]
-    seconds = sum(times_ * price_ for times_, price_ in zip(times, prices, strict=True))
-    rows = _rows([(a, b) for a, b in zip(trace["launches"], prices, strict=True) if a["micro_step"] == last])
-    rate = run.train.global_batch_tokens / seconds
+    last = trace.last_micro_step
+
+    def times(launch: Launch) -> int:
+        """All but the first micro-step are alike: they add to gradients that are there. The update comes once."""
+        return micro_steps - last if launch.micro_step == last and launch.part != UPDATE else 1
+
+    seconds = sum(times(launch) * seconds_of(launch, rates) for launch in trace.launches)
+    tokens_per_sec = run.train.global_batch_tokens / seconds
     flops = flops_per_token(Parameters.of(run).total, run.model.gpt_config(), run.data.seq_len)
-    known = {name: trace[name] for name in ("calls", "peak_bytes", "host_waits", "graph_breaks", "recompilations")}
     return Budget(
-        rows=rows,
+        rows=_rows([launch for launch in trace.launches if launch.micro_step == last], rates),
+        calls=trace.calls,
         micro_steps=micro_steps,
-        launches=sum(times),
+        launches=sum(map(times, trace.launches)),
         seconds=seconds,
-        tokens_per_sec=rate,
-        mfu=rate * flops / card_of(config.card).peak,
-        **known,
+        tokens_per_sec=tokens_per_sec,
+        mfu=tokens_per_sec * flops / card_of(config.card).peak,
+        peak_bytes=trace.peak_bytes,
+        host_waits=trace.host_waits,
+        graph_breaks=trace.graph_breaks,
+        recompilations=trace.recompilations,
     )
 
 
-def trace_in_process(run: RunConfig, card: str) -> dict[str, Any]:
-    """A ``trace.Trace`` as a dictionary, from a process that believes in the card."""
+def trace_in_process(run: RunConfig, card: str) -> Trace:
+    """The trace of a step of ``run``, from a process that believes in the card. Raises UserError in its words."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder, "config.yaml")
         recipe.write_text(run.to_yaml())
@@ -141,35 +147,34 @@ def trace_in_process(run: RunConfig, card: str) -> dict[str, Any]:
     if result.returncode:
         print(result.stderr, file=sys.stderr)
         raise RuntimeError("the process that traces the step has failed")
-    return json.loads(result.stdout)
+    return Trace.from_json(result.stdout)
 
 
-def price(launch: dict[str, Any], rates: Rates) -> float:
-    """Seconds of a kernel: of its FLOPs or its bytes, whichever take longer, and of the gap before the next."""
-    flops = rates.attention if launch["kind"] == "attention" else rates.products
-    moved = rates.narrow if launch["is_narrow"] else rates.wide
-    return max(launch["flops"] / flops, launch["n_bytes"] / moved) + rates.gap
+def seconds_of(launch: Launch, rates: Rates) -> float:
+    """Of a kernel: what its FLOPs or its bytes take, whichever is longer, and the gap before the next."""
+    computed = launch.flops / (rates.attention if launch.kind == "attention" else rates.products)
+    moved = launch.n_bytes / (rates.narrow if launch.is_narrow else rates.wide)
+    return max(computed, moved) + rates.gap
 
 
-def _rows(launches: list[tuple[dict[str, Any], float]]) -> list[Row]:
+def _rows(launches: list[Launch], rates: Rates) -> list[Row]:
     """Launches of one kind in one row; parts in the order in which they begin."""
-    grouped: dict[tuple[str, str], list[tuple[dict[str, Any], float]]] = {}
-    for launch, seconds in launches:
-        grouped.setdefault((launch["part"], launch["name"]), []).append((launch, seconds))
+    grouped: dict[tuple[str, str], list[Launch]] = {}
+    for launch in launches:
+        grouped.setdefault((launch.part, launch.name), []).append(launch)
     rows = [
         Row(
-            part,
-            name,
-            len(each),
-            sum(launch["n_bytes"] for launch, _ in each),
-            sum(launch["flops"] for launch, _ in each),
-            sum(seconds for _, seconds in each),
-            any(launch["is_narrow"] for launch, _ in each),
+            part=part,
+            name=name,
+            launches=len(each),
+            n_bytes=sum(launch.n_bytes for launch in each),
+            flops=sum(launch.flops for launch in each),
+            seconds=sum(seconds_of(launch, rates) for launch in each),
+            is_narrow=any(launch.is_narrow for launch in each),
         )
         for (part, name), each in grouped.items()
     ]
-    parts = dict.fromkeys(part for part, _ in grouped if part not in (REST, UPDATE))
-    order = [*parts, REST, UPDATE]
+    order = [*dict.fromkeys(part for part, _ in grouped if part not in (REST, UPDATE)), REST, UPDATE]
     return sorted(rows, key=lambda row: order.index(row.part))
 
 
@@ -217,7 +222,9 @@ def _line(name: str, rows: list[Row]) -> str:
         sum(getattr(row, key) for row in rows) for key in ("launches", "n_bytes", "flops", "seconds")
     )
     product = f"{flops / 1e12:.2f}" if flops else ""
-    return f"{name[:70]:<70} {launches:>8,} {n_bytes / 1e9:>8.2f} {product:>7} {seconds * 1e3:>8.2f}"
+    if len(name) > 70:
+        name = f"{name[:57]}...{name[-10:]}"  # kernels are told apart by the number at their end
+    return f"{name:<70} {launches:>8,} {n_bytes / 1e9:>8.2f} {product:>7} {seconds * 1e3:>8.2f}"
 
 
 def _count(found: list[str]) -> str:

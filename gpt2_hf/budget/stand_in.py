@@ -43,10 +43,9 @@ def load() -> ctypes.CDLL:
 
 
 def _compile(library: Path, torch_folder: Path, version: str) -> None:
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    compiler = next(filter(shutil.which, (os.environ.get("CXX", ""), "c++", "g++", "clang++")), None)
     if compiler is None:
         raise UserError("the budget of a GPU needs a C++ compiler, and there is none: install g++, or set CXX")
-    print("compiling what stands in for CUDA, once", file=sys.stderr)
     library.parent.mkdir(parents=True, exist_ok=True)
     includes = (torch_folder / "include", torch_folder / "include" / "torch" / "csrc" / "api" / "include")
     libraries = torch_folder / "lib"
@@ -88,11 +87,27 @@ def install(library: ctypes.CDLL, properties: Any, attention: str) -> None:
         **dict.fromkeys(("_lazy_init", "synchronize", "set_device", "set_rng_state", "manual_seed", "manual_seed_all")),
     }
     put(torch.cuda, **{name: _answering(answer) for name, answer in answers.items()})
+
+    class Generator(torch.Generator):  # whose state a compiled function may take along
+        device = torch.device("cuda", 0)
+
+        def clone_state(self) -> Generator:
+            return self
+
+        graphsafe_get_state = clone_state
+
+        def graphsafe_set_state(self, new_state: torch.Generator) -> Generator:
+            return self
+
+    put(torch.cuda, default_generators=(Generator(),))
     put(torch.version, cuda="13.0")
     asked = ("getDevice", "setDevice", "exchangeDevice", "maybeExchangeDevice", "getCurrentRawStream")
     put(torch._C, **{f"_cuda_{name}": _answering(0) for name in asked})
 
-    import triton
+    try:
+        import triton
+    except ImportError:
+        raise UserError("the budget of a GPU needs Triton, which writes its kernels: use make gpu-budget") from None
     from torch._subclasses import fake_tensor
     from triton.backends.compiler import GPUTarget
 

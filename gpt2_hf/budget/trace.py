@@ -17,7 +17,6 @@ import sys
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters, get_compilation_metrics
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.graph import GraphLowering
+from torch._ops import OpOverload
+from torch._prims.rng_prims import run_and_save_rng_state
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.utils import _foreach_utils
@@ -41,12 +42,12 @@ from ..training.build import DTYPES, build_accelerator, build_model, set_precisi
 from ..training.distributed import distribute
 from ..training.loop import train_step
 from ..training.optim import WeightAverage, build_optimizers
+from .launches import HEAD, REST, UPDATE, Launch, Trace
 from .stand_in import put
 
 PACKAGE = Path(__file__).parent.parent
 
-# Part of a step by the file that launches; the rest is named after the compiled function, or "rest".
-HEAD, UPDATE, REST = "head and loss", "update", "rest"
+# Part of a step by the file that launches; what is compiled elsewhere is named after the function.
 PARTS = {"model/loss.py": HEAD, "training/optim.py": UPDATE, "training/distributed.py": UPDATE}
 
 ALLOCATION = 512  # bytes that PyTorch's allocator rounds up to
@@ -56,51 +57,6 @@ ATTENTION = re.compile(r"attention|flex")
 OVERWRITES = {"copy_", "fill_", "zero_"}
 # Of their first argument, operators that read (or add to) only the rows that the others choose.
 CHOOSE = {"embedding": 1, "index_select": 1, "index": 1, "gather": 1, "index_add_": 3, "index_put_": 2}
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel, launched once.
-
-    Attributes:
-        part: of the step.
-        kind: product, attention, or elementwise (everything whose time is that of its bytes).
-        n_bytes: read and written.
-        flops: of products; of attention those of the causal half.
-        is_narrow: it reads and writes 2-byte numbers one by one, as rows of an odd length make it.
-        micro_step: from 0; the update belongs to the last.
-    """
-
-    part: str
-    name: str
-    kind: str
-    n_bytes: int
-    flops: int
-    is_narrow: bool
-    micro_step: int
-
-
-@dataclass
-class Trace:
-    """What a step launches and holds.
-
-    Attributes:
-        launches: in order; of an update with more than two micro-steps only the first two.
-        calls: part -> calls of its compiled function in a micro-step.
-        peak_bytes: most that tensors hold.
-        host_waits: what makes the host wait for the device, and where.
-        graph_breaks: why a compiled function is cut in two.
-        recompilations: why something is compiled again after the first step.
-        code: name -> what the compiler wrote, in that order.
-    """
-
-    launches: list[Launch] = field(default_factory=list)
-    calls: dict[str, int] = field(default_factory=dict)
-    peak_bytes: int = 0
-    host_waits: list[str] = field(default_factory=list)
-    graph_breaks: list[str] = field(default_factory=list)
-    recompilations: list[str] = field(default_factory=list)
-    code: dict[str, str] = field(default_factory=dict)
 
 
 def trace_step(config: RunConfig) -> Trace:
@@ -119,10 +75,11 @@ def trace_step(config: RunConfig) -> Trace:
         if config.optim.ema:
             optimizers.append(WeightAverage(bare_model.parameters(), config.optim.ema))
         batch = torch.zeros(n_micro_steps, config.train.micro_batch_size, config.data.seq_len + 1, dtype=torch.int64)
-        train_step(accelerator, model, optimizers, batch, 0, config)
-        n_compiled = len(get_compilation_metrics())
-        recorder.hold([*bare_model.parameters(), *(optimizer.state for optimizer in optimizers)])
         with recorder:
+            train_step(accelerator, model, optimizers, batch, 0, config)
+            n_compiled = len(get_compilation_metrics())
+            recorder.hold([*bare_model.parameters(), *(optimizer.state for optimizer in optimizers)])
+            recorder.is_on = True
             train_step(accelerator, model, optimizers, batch, 1, config, safe_point=recorder.next_micro_step)
     trace = recorder.trace
     trace.graph_breaks = [f"{reason} ({count})" for reason, count in counters["graph_break"].items()]
@@ -155,6 +112,9 @@ class Recorder(TorchDispatchMode):
         self._held: set[int] = set()
         self._n_held = 0
 
+    # Checkpointed graphs run an operator by another that keeps the generator's state.
+    supports_higher_order_operators = True
+
     # The compiler looks away from such a mode, and does not mind it.
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -163,14 +123,6 @@ class Recorder(TorchDispatchMode):
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True
-
-    def __enter__(self) -> Any:
-        self.is_on = True
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.is_on = False
-        super().__exit__(*error)
 
     def next_micro_step(self) -> None:
         self.micro_step += 1
@@ -208,14 +160,22 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not isinstance(func, OpOverload):
+            position = next(i for i, value in enumerate(args) if isinstance(value, OpOverload))
+            inner = {name: value for name, value in kwargs.items() if name != "rng_state"}
+            out = self.__torch_dispatch__(args[position], types, args[position + 1 :], inner)
+            return (torch.cuda.get_rng_state(), out) if func is run_and_save_rng_state else out
         inputs = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         if func is torch.ops.aten._local_scalar_dense.default and _is_on_device(inputs[0]):
-            self.trace.host_waits.append(f"a number is read in {_place()}")
+            if self.is_on:
+                self.trace.host_waits.append(f"a number is read in {_place()}")
             return 0
         try:
             out = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             raise UserError(f"{func} in {_place()} makes the host wait for its result: there is none here") from None
+        if not self.is_on:
+            return out
         self.hold(out)
         outputs = [value for value in tree_leaves(out) if isinstance(value, Tensor)]
         if any(map(_is_on_device, inputs + outputs)) and _launches(func, inputs, outputs):
@@ -234,8 +194,8 @@ class Recorder(TorchDispatchMode):
             flops //= 2
         given = [value for value in tree_leaves(args) if isinstance(value, Tensor)][:3]
         shapes = " ".join("x".join(map(str, value.shape)) or "1" for value in given)
-        narrow = False  # PyTorch's own kernels are wide where their operands are aligned, as ours are
-        self.note(f"{name} {shapes}", kind, operator_bytes(func, args, kwargs, out), flops, narrow)
+        name = name.removeprefix("_scaled_dot_product_")
+        self.note(f"{name} {shapes}", kind, operator_bytes(func, args, kwargs, out), flops)
 
 
 def _is_on_device(value: Any) -> bool:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from contextlib import redirect_stdout
-from dataclasses import asdict
 
 from ..program import program
 from . import stand_in
@@ -30,7 +28,7 @@ def main() -> None:
         from .trace import trace_step
 
         trace = trace_step(parse_cli(RunConfig, sys.argv[2:]))
-    json.dump(asdict(trace), sys.stdout)
+    print(trace.to_json())
 
 
 if __name__ == "__main__":
