@@ -13,8 +13,8 @@ from typing import Annotated, ClassVar
 
 from ..config import RunConfig
 from ..knobs import ConfigError, OneOf, PathName
-from ..planning.memory import Parameters
 from ..program import UserError
+from ..training.memory import Parameters
 from ..training.metrics import flops_per_token
 from .launches import REST, UPDATE, Launch, Trace
 from .rates import BUILDS, Rates, card_of, rates_of

@@ -56,7 +56,7 @@ ATTENTION = re.compile(r"attention|flex")
 # Operators that write their first argument without reading it.
 OVERWRITES = {"copy_", "fill_", "zero_"}
 # Of their first argument, operators that read (or add to) only the rows that the others choose.
-CHOOSE = {"embedding": 1, "index_select": 1, "index": 1, "gather": 1, "index_add_": 3, "index_put_": 2}
+CHOOSE = {"embedding": 1, "index_select": 1, "index": 1, "gather": 1, "index_add_": 3, "index_put_": 2, "scatter_": 3}
 
 
 def trace_step(config: RunConfig) -> Trace:

@@ -15,7 +15,7 @@ from gpt2_hf.budget.launches import HEAD, REST, UPDATE, Launch, Trace
 from gpt2_hf.budget.rates import BUILDS, RATES, card_of, rates_of
 from gpt2_hf.config import DataSection, ModelSection, TrainSection
 from gpt2_hf.knobs import ConfigError
-from gpt2_hf.planning.memory import Parameters
+from gpt2_hf.training.memory import Parameters
 
 L, C, H, T, B, V = 2, 128, 2, 64, 2, 50257
 TOKENS, PADDED = B * T, 50304
