@@ -151,7 +151,8 @@ class TestSmallStep:
         page = text(budget, config)
         assert "Host waits 0; graph breaks 0; recompilations 0" in page and f"{FORWARD}, {L} calls" in page
         assert sum(row["launches"] for row in json.loads(to_json(budget))["rows"]) == len(of_last(trace))
-        assert {row.part for row in budget.rows} == {FORWARD, HEAD, BACKWARD, REST, UPDATE}
+        ends = {f"{end}.forward, {way}" for end in ("EmbeddingSum", "FinalNorm") for way in ("forward", "backward")}
+        assert {row.part for row in budget.rows} == {FORWARD, HEAD, BACKWARD, REST, UPDATE, *ends}
 
     def test_a_copy_and_a_host_wait_show(self, trace):
         found = planted("""
