@@ -15,7 +15,7 @@ from gpt2_hf.data.shards import open_split
 from gpt2_hf.data.stream import TokenStream
 from gpt2_hf.data.tokenizer import gpt2_tokenizer, load_tokenizer
 from gpt2_hf.evaluation.evaluate import evaluate_folder, load_folder
-from gpt2_hf.evaluation.hellaswag import HellaSwag, hellaswag_texts, load_hellaswag, parts_mask
+from gpt2_hf.evaluation.hellaswag import LENGTH_MULTIPLE, HellaSwag, hellaswag_texts, load_hellaswag, parts_mask
 from gpt2_hf.evaluation.validation import validation_loss
 from gpt2_hf.model import GPTConfig, GPTForCausalLM
 
@@ -239,11 +239,15 @@ def test_parts_mask_shows_the_prefix_and_the_own_part():
 
 
 def test_padding_changes_nothing(small_task, monkeypatch):
-    expected = small_task.score(make_model(0.4), **SMALL).loglikelihoods
-    monkeypatch.setattr("gpt2_hf.evaluation.hellaswag.LENGTH_MULTIPLE", 64)
-    padded = small_task.score(make_model(0.4), **SMALL).loglikelihoods
-    for way, values in expected.items():
-        np.testing.assert_allclose(padded[way], values, rtol=1e-5)
+    expected = small_task.score(make_model(0.4), **SMALL)
+    monkeypatch.setitem(LENGTH_MULTIPLE, "cpu", LENGTH_MULTIPLE["cuda"])
+    model = Recorder(make_model(0.4))
+    padded = small_task.score(model, **SMALL)
+    assert all(length % 32 == 0 for _, length in model.shapes)
+    for way, values in expected.loglikelihoods.items():
+        np.testing.assert_allclose(padded.loglikelihoods[way], values, rtol=1e-5)
+    assert all((padded.picks[name] == picked).all() for name, picked in expected.picks.items())
+    assert padded.metrics == expected.metrics
 
 
 @pytest.mark.parametrize("way", ["lm_eval", "lecture"])

@@ -1,5 +1,6 @@
 """What ships to launch a run with: each configuration, and the batch script with a Slurm that is none."""
 
+import math
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from test_train import clean_state as clean_state
 from test_train import data as data
 
 from gpt2_hf.data.tokenizer import load_tokenizer
-from gpt2_hf.evaluation.hellaswag import HellaSwag, load_hellaswag
+from gpt2_hf.evaluation.hellaswag import LENGTH_MULTIPLE, HellaSwag, load_hellaswag
 from gpt2_hf.runs import read_rows
 from gpt2_hf.training.distributed import group_sizes, wants_shards
 from gpt2_hf.training.preflight import check_launcher
@@ -91,13 +92,28 @@ def test_a_preempted_job_goes_back_to_the_queue_and_loses_nothing(data, tmp_path
     assert rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("world_size", [3, 4])
-def test_every_hellaswag_ending_is_scored_by_one_rank(world_size):
-    """All 10,042 items; and every rank makes as many forward calls, of the same shapes."""
-    task = HellaSwag(load_hellaswag(), load_tokenizer())
+@pytest.fixture(scope="module")
+def hellaswag():
+    return HellaSwag(load_hellaswag(), load_tokenizer())  # all 10,042 items
+
+
+def test_all_of_hellaswag_has_few_shapes_on_a_gpu(hellaswag):
+    """Of the 124M recipe's micro-batch of 65,536 tokens."""
+    shapes = {
+        kind: [fields.shape[1:] for fields, _ in hellaswag._batches(65_536, 0, 1, multiple)]
+        for kind, multiple in LENGTH_MULTIPLE.items()
+    }
+    assert len({*shapes["cpu"]}) > 20 and len({*shapes["cuda"]}) <= 10
+    tokens = {kind: sum(math.prod(shape) for shape in found) for kind, found in shapes.items()}
+    assert tokens["cpu"] < tokens["cuda"] < 1.08 * tokens["cpu"]
+
+
+@pytest.mark.parametrize(("world_size", "kind"), [(3, "cpu"), (4, "cuda")])
+def test_every_hellaswag_ending_is_scored_by_one_rank(hellaswag, world_size, kind):
+    """And every rank makes as many forward calls, of the same shapes."""
     shapes, scored = [], []
     for rank in range(world_size):
-        batches = list(task._batches(16 * 1024, rank, world_size))
+        batches = list(hellaswag._batches(16 * 1024, rank, world_size, LENGTH_MULTIPLE[kind]))
         shapes.append([fields.shape for fields, _ in batches])
         scored += [numbers[numbers < 2 * 10_042 * 4] for _, numbers in batches]
     assert all(found == shapes[0] for found in shapes)
