@@ -317,6 +317,9 @@ def read_tokenizer(name: str, files: Mapping[str, bytes]) -> Tokenizer:
 
 
 def _fetch(hub_id: str) -> Path:
+    # A hub id has at most one slash and never starts with a dot or a slash.
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", hub_id):
+        raise UserError(f"no folder {hub_id}: give one with a {FILES[0]}, or a model id of the Hub")
     from huggingface_hub import snapshot_download
 
     try:

@@ -213,6 +213,8 @@ def test_an_end_of_text_that_any_text_may_hold_is_refused():
 def test_what_is_not_there_or_not_fast_is_refused_in_a_line(tmp_path):
     with pytest.raises(UserError, match="no tokenizer no/such: there is no such folder, and the Hub"):
         open_tokenizer("no/such")
+    with pytest.raises(UserError, match=r"no folder .*/missing: give one with a tokenizer\.json, or a model id"):
+        open_tokenizer(tmp_path / "missing")
     (tmp_path / "vocab.json").write_text("{}")
     with pytest.raises(UserError, match=r"has no tokenizer\.json, so it is none of the fast ones"):
         open_tokenizer(tmp_path)
