@@ -164,7 +164,8 @@ class _SummedLoss(torch.autograd.Function):
             losses.append(chunk_nll @ count)
             # d(loss)/d(logits) is count * (e / total - onehot). At the label that is count * (p - 1), computed in fp32.
             slope = torch.expm1(-chunk_nll)
-            e.scatter_(1, label[:, None], (slope * (count if divides else total))[:, None].to(dtype))
+            row = torch.arange(len(e), device=e.device)
+            e[row, label] = (slope * (count if divides else total)).to(dtype)
             share = None if divides else (count / total)[:, None]
             if dx is not None:
                 torch.mm(e, padded, out=dx[rows])
