@@ -28,67 +28,89 @@ STRIPE = 8192  # columns of such a chunk that a product takes at once
 TILE = (512, 1024)
 
 
-def exponentiate(
-    logits: Tensor, wanted: Tensor, vocab_size: int, counts: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Turn logits into the numerators of their softmax, e = exp(logit - row's maximum), in place.
-
-    Compiled, this is one kernel that reads and writes the chunk once (a GPU reads it twice, the second time from its
-    cache). So that it can be one, the labels' logits come from outside; and so that its accesses are wide, the padded
-    columns come along.
+def exponentiate(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn logits into the numerators of their softmax, e = exp(logit - row's maximum), in place: for a CPU.
 
     Args:
-        logits: (n, P), of which the columns from ``vocab_size`` on are padding, and become 0.
-        wanted: (n,) fp32 or fp64, the logit of each row's label.
-        counts: (n,), to get ``counts`` times the softmax instead of its numerators.
+        logits: (n, V).
+        labels: (n,), valid column numbers. (To look their logits up in here makes the compiler keep e, instead of
+            computing it once for the sum and once more for its place.)
 
     Returns:
         Each row's sum of e, and its negative log-likelihood, both (n,), in fp32 (fp64 for fp64 logits).
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    top, total = _sum_of_exponentials(wide, vocab_size)
-    if counts is not None:
-        wide.mul_(counts[:, None] / total)
+    wanted = _of_labels(wide, labels)
+    top, total = _sum_of_exponentials(wide)
     if wide is not logits:
         logits.copy_(wide)
     return total[:, 0], (total.log() + top)[:, 0] - wanted
 
 
-def likelihood(logits: Tensor, wanted: Tensor, vocab_size: int) -> Tensor:
-    """Negative log-likelihood of each row's label, (n,), as ``exponentiate`` gives it; ``logits`` are spent."""
+def softmax(logits: Tensor, wanted: Tensor, counts: Tensor, vocab_size: int) -> Tensor:
+    """Turn logits into ``counts`` times their softmax, in place: for a GPU.
+
+    Compiled, this is one kernel that reads the chunk twice, the second time from the card's cache, and writes it once.
+    So that it can be one, the labels' logits come from outside; and so that its accesses are wide, the padded columns
+    come along.
+
+    Args:
+        logits: (n, P), of which the columns from ``vocab_size`` on are padding, and become 0.
+        wanted: (n,) fp32 or fp64, the logit of each row's label.
+        counts: (n,).
+
+    Returns:
+        Each row's negative log-likelihood, (n,), in fp32 (fp64 for fp64 logits).
+    """
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    top, total = _sum_of_exponentials(wide, vocab_size)
+    wide[:, vocab_size:] = float("-inf")
+    top, total = _sum_of_exponentials(wide)
+    wide.mul_(counts[:, None] / total)
+    if wide is not logits:
+        logits.copy_(wide)
     return (total.log() + top)[:, 0] - wanted
 
 
-def _sum_of_exponentials(wide: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Each row's maximum and sum of e, both (n, 1); ``wide``, (n, P), becomes e. In place, as without a compiler each
-    step would hold the chunk once more."""
+def likelihood(logits: Tensor, wanted: Tensor, vocab_size: int) -> Tensor:
+    """Negative log-likelihood of each row's label, (n,), as ``softmax`` gives it; ``logits`` are spent."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
     wide[:, vocab_size:] = float("-inf")
+    top, total = _sum_of_exponentials(wide)
+    return (total.log() + top)[:, 0] - wanted
+
+
+def _sum_of_exponentials(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's maximum and sum of e, both (n, 1); ``wide``, (n, V), becomes e. In place, as without a compiler each
+    step would hold the chunk once more."""
     top = wide.amax(dim=-1, keepdim=True)
     return top, wide.sub_(top).exp_().sum(dim=-1, keepdim=True)
+
+
+def _of_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """The logit of each row's label, (n,), in the precision of the softmax."""
+    return logits.gather(1, labels[:, None])[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class LossKernels:
     """The elementwise parts of the loss. ``compile()`` fuses each into one pass over the chunk."""
 
-    exponentiate: Callable[..., tuple[Tensor, Tensor]] = staticmethod(exponentiate)
-    likelihood: Callable[..., Tensor] = staticmethod(likelihood)
+    exponentiate: Callable[..., tuple[Tensor, Tensor]]
+    softmax: Callable[..., Tensor]
+    likelihood: Callable[..., Tensor]
 
     @classmethod
     def compile(cls, **options: Any) -> None:
-        cls.exponentiate = staticmethod(torch.compile(exponentiate, **options))
-        cls.likelihood = staticmethod(torch.compile(likelihood, **options))
+        for kernel in (exponentiate, softmax, likelihood):
+            setattr(cls, kernel.__name__, staticmethod(torch.compile(kernel, **options)))
 
     @classmethod
     def reset(cls) -> None:
-        """Without the compiler again."""
-        cls.exponentiate, cls.likelihood = staticmethod(exponentiate), staticmethod(likelihood)
+        """Without the compiler, as in the beginning."""
+        for kernel in (exponentiate, softmax, likelihood):
+            setattr(cls, kernel.__name__, staticmethod(kernel))
 
 
-def _of_labels(logits: Tensor, labels: Tensor) -> Tensor:
-    """(n,), in the precision of the softmax."""
-    return logits.gather(1, labels[:, None])[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
+LossKernels.reset()
 
 
 @functools.cache
@@ -159,14 +181,16 @@ class _SummedLoss(torch.autograd.Function):
         losses = []
         for rows in _chunks(x, len(padded)):
             e, chunk, count, label = x[rows] @ padded.T, x[rows], counts[rows], labels[rows]  # (n, P), logits at first
-            given = count if divides else None
-            total, chunk_nll = LossKernels.exponentiate(e, _of_labels(e, label), vocab_size, given)
+            # d(loss)/d(logits) is count * (softmax - onehot) = share * (e - total * onehot).
+            if divides:
+                share, height = None, count
+                chunk_nll = LossKernels.softmax(e, _of_labels(e, label), count, vocab_size)
+            else:  # padded columns are 0, as the weight's padded rows are, and stay so
+                height, chunk_nll = LossKernels.exponentiate(e[:, :vocab_size], label)
+                share = (count / height)[:, None]
             losses.append(chunk_nll @ count)
-            # d(loss)/d(logits) is count * (e / total - onehot). At the label that is count * (p - 1), computed in fp32.
-            slope = torch.expm1(-chunk_nll)
-            row = torch.arange(len(e), device=e.device)
-            e[row, label] = (slope * (count if divides else total)).to(dtype)
-            share = None if divides else (count / total)[:, None]
+            # At the label that is height * (p - 1), computed in fp32. (By index: scatter_ copies the chunk on a CPU.)
+            e[torch.arange(len(e), device=e.device), label] = (torch.expm1(-chunk_nll) * height).to(dtype)
             if dx is not None:
                 torch.mm(e, padded, out=dx[rows])
                 if share is not None:
