@@ -192,9 +192,10 @@ class _SummedLoss(torch.autograd.Function):
             # At the label that is height * (p - 1), computed in fp32. (By index: scatter_ copies the chunk on a CPU.)
             e[torch.arange(len(e), device=e.device), label] = (torch.expm1(-chunk_nll) * height).to(dtype)
             if dx is not None:
-                torch.mm(e, padded, out=dx[rows])
-                if share is not None:
-                    dx[rows] *= share
+                if share is None:
+                    torch.mm(e, padded, out=dx[rows])
+                else:
+                    dx[rows] = (e @ padded) * share
             if dw is not None:
                 if share is not None:
                     chunk = (chunk * share).to(dtype)
