@@ -32,7 +32,9 @@ def load() -> ctypes.CDLL:
         UserError: without a C++ compiler, or where this version of PyTorch wants other answers.
     """
     assert "torch" not in sys.modules, "PyTorch has been imported, and has found no CUDA"
-    torch_folder = Path(importlib.util.find_spec("torch").submodule_search_locations[0])  # type: ignore
+    found = importlib.util.find_spec("torch")
+    assert found is not None and found.submodule_search_locations
+    torch_folder = Path(found.submodule_search_locations[0])
     version = importlib.metadata.version("torch")
     key = hashlib.sha256(SOURCE.read_bytes() + f"{torch_folder} {version}".encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2_hf"

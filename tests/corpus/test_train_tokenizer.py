@@ -23,7 +23,7 @@ from gpt2_hf.corpus.train_tokenizer import Smallest, TokenizerConfig, passages, 
 from gpt2_hf.data.tokenizer import ASSETS
 from gpt2_hf.program import UserError
 
-pytest.importorskip("datatrove")
+pytest.importorskip("datatrove", reason="the extra data has it")
 
 SYLLABLES = ("un", "ge", "schlag", "heit", "ver", "über", "donau", "dampf", "schiff", "fahrt", "st", "ä", "ß", "en")
 ODD = (
